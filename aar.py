@@ -1,0 +1,1175 @@
+"""Efficient Autoregressive Audio Modeling via Next-Scale Prediction (Qiu et al., arXiv 2408.09027) in one file.
+
+1. SAT, the tokenizer, turns 1 s of 24 kHz sound into T = 75 latent frames and quantises what is left of them at
+   K = 16 growing resolutions, 1, 2, 4, ... 75: 455 tokens from coarse to fine, where residual VQ needs 750.
+2. AAR, the generator, is a transformer that predicts ALL tokens of one scale at once from all coarser scales:
+   p(r_1 .. r_K) = prod_k p(r_k | r_<k, condition). That makes 16 steps where next-token prediction takes 750.
+3. It trains in one pass under a block-wise causal mask: a token of scale k sees the start token and scales <= k.
+4. The condition is an embedding of a reference sound (CLAP); it is the start token and steers every block (AdaLN);
+   it is dropped for 10% of the clips, so that classifier-free guidance (CFG) works.
+5. Two stages: train SAT (reconstruction, then discriminators), freeze it, train AAR (cross-entropy on its tokens).
+
+The idea lives in one loop, `MSRQ.walk`. Encoding, decoding, teacher forcing and generation are four ways to
+choose the tokens of a scale inside of it.
+
+Shapes, everywhere:  B batch   N samples   T latent frames   K scales   s_k tokens of scale k   L tokens of all scales
+                     D latent channels     V codes per codebook         C transformer width     H heads
+
+What differs from the authors' published code, and why, is listed in README.md.
+"""
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import types
+import zlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class UserError(ValueError):
+    """Something that the user can mend: the message says what was seen and what to do, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration (Sec. 4 of the paper and the released configuration files)
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SATConfig:
+    """The tokenizer: window of `seconds` at `sample_rate` Hz, quantised at `n_scales` scales of V codes each."""
+    sample_rate: int = 24000
+    seconds: float = 1.0
+    strides: tuple = (2, 4, 5, 8)       # hop = their product = 320 samples, 75 frames per second
+    width: int = 32                     # channels after the first convolution; doubled at every stride
+    lstm: int = 2                       # LSTM layers in the middle of encoder and decoder
+    latent: int = 64                    # D
+    V: int = 1024
+    schedule: str = "quadratic"         # see scale_schedule
+    n_scales: int = 16                  # K
+    phis: int = 6                       # convolutions phi shared by the K scales; 0: none
+    decay: float = 0.99                 # of the codebooks' moving averages
+    disc_width: int = 32                # channels of the discriminators; 0: none
+
+    @property
+    def hop(self):
+        return math.prod(self.strides)
+
+    @property
+    def frames(self):
+        return math.ceil(round(self.seconds * self.sample_rate) / self.hop)
+
+    @property
+    def samples(self):
+        return self.frames * self.hop
+
+    @property
+    def scales(self):
+        return scale_schedule(self.schedule, self.frames, self.n_scales)
+
+
+@dataclass(frozen=True)
+class AARConfig:
+    """The generator; its size follows from the depth d: width 64 d, d heads (the paper: d = 16)."""
+    scales: tuple = ()                  # of the tokenizer
+    latent: int = 64                    # D of the tokenizer
+    V: int = 1024
+    depth: int = 16
+    cond_dim: int = 512                 # numbers in the condition
+    cond_drop: float = 0.1              # share of clips whose condition is hidden in training, for guidance
+    next_token: bool = False            # the baseline of Fig. 3: one token per step over the flattened tokens
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch: int
+    lr: float
+    warm_up: float = 0.05               # share of the steps in which the learning rate grows
+    quantize_at: float = 0.1            # stage 1: a plain autoencoder up to this share, then the codebooks start
+    adversarial_at: float = 0.8         # stage 1: the discriminators join after this share
+    crops: int = 2000                   # stage 2: windows of sound that are tokenised once, before training
+
+
+@dataclass(frozen=True)
+class Preset:
+    sat: SATConfig
+    aar: AARConfig
+    train_sat: TrainConfig
+    train_aar: TrainConfig
+
+
+PRESETS = {
+    "tiny": Preset(SATConfig(width=8, lstm=0, latent=32, V=256, disc_width=4),
+                   AARConfig(depth=4, V=256, latent=32),
+                   TrainConfig(steps=1000, batch=8, lr=2e-3),
+                   TrainConfig(steps=300, batch=16, lr=1e-3)),
+    "paper": Preset(SATConfig(), AARConfig(),
+                    TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01, adversarial_at=0.1),
+                    TrainConfig(steps=400_000, batch=64, lr=1e-4, warm_up=0.01, crops=4_000_000)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scales (Fig. 5)
+# ---------------------------------------------------------------------------------------------------------------
+
+def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
+    """The number of tokens s_1 .. s_n of each scale, from 1 to `frames`, never decreasing (Fig. 5).
+
+    quadratic: the square root of s_k grows evenly; linear: s_k grows evenly; log: the logarithm of s_k grows evenly;
+    flat: `frames` at every scale, which turns MSRQ into the residual VQ baseline.
+    Raises UserError for another kind, or if there are more scales than frames to tell them apart.
+    """
+    if n < 1 or frames < 1 or (n > frames and kind != "flat"):
+        raise UserError(f"{n} scales do not fit {frames} latent frames: ask for 1 to {frames} scales")
+    u = np.linspace(0, 1, n) if n > 1 else np.ones(1)
+    s = {"quadratic": lambda: (1 + u * (math.sqrt(frames) - 1)) ** 2,
+         "linear": lambda: 1 + u * (frames - 1),
+         "log": lambda: frames ** u,
+         "flat": lambda: np.full(n, frames)}
+    if kind not in s:
+        raise UserError(f"unknown schedule {kind!r}: choose one of {', '.join(s)}")
+    return tuple(int(x) for x in np.floor(s[kind]() + 1e-6))
+
+
+def down(f, s):
+    """(B, D, T) -> (B, D, s): each token is the mean over its share of the frames."""
+    return F.interpolate(f, size=s, mode="area") if f.shape[-1] != s else f
+
+
+def up(z, T):
+    """(B, D, s) -> (B, D, T): a straight line between neighbouring tokens."""
+    return F.interpolate(z, size=T, mode="linear") if z.shape[-1] != T else z
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantizer: multi-scale residual quantization, MSRQ (Alg. 1 and 2)
+# ---------------------------------------------------------------------------------------------------------------
+
+class Codebook(nn.Module):
+    """V codes of D numbers that follow the mean of the vectors nearest to them (an exponential moving average)."""
+
+    def __init__(self, V, D, decay=0.99, dead=0.1):
+        super().__init__()
+        self.decay, self.dead = decay, dead
+        self.register_buffer("codes", torch.randn(V, D))
+        self.register_buffer("share", torch.full((V,), 1 / V))       # of all vectors that chose this code
+        self.register_buffer("sum", self.codes / V)                  # share * mean of those vectors
+
+    def forward(self, r):
+        """Tokens (B, s) -> codes (B, s, D)."""
+        return F.embedding(r, self.codes)
+
+    @torch.no_grad()
+    def nearest(self, z):
+        """Vectors (..., D) -> tokens (...): argmin_v |z - code_v|^2, in which |z|^2 plays no part."""
+        z, codes = z.float(), self.codes
+        with torch.autocast(z.device.type, enabled=False):
+            return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)
+
+    @torch.no_grad()
+    def update(self, z, r, decay=None):
+        """Move the codes towards the vectors z (M, D) that chose them, r (M,), and revive the dead codes.
+
+        A code is dead if it is chosen less than `dead` times as often as if all codes of THIS scale were chosen
+        equally. It is reborn on a random vector of the batch, with its statistics: to change the code alone would
+        be undone by the next average.
+        """
+        decay = self.decay if decay is None else decay
+        V, M, z = len(self.codes), len(z), z.float()
+        self.share.lerp_(torch.zeros_like(self.share).index_add_(0, r, torch.ones_like(z[:, 0])) / M, 1 - decay)
+        self.sum.lerp_(torch.zeros_like(self.sum).index_add_(0, r, z) / M, 1 - decay)
+        dead = self.share < self.dead / V
+        reborn = z[torch.randint(M, (V,), device=z.device)]
+        self.share.copy_(torch.where(dead, 1 / V, self.share))
+        self.sum.copy_(torch.where(dead[:, None], reborn / V, self.sum))
+        self.codes.copy_(self.sum / self.share[:, None])
+
+    @torch.no_grad()
+    def kmeans(self, z, rounds=10):
+        """Start on the vectors z (M, D). Lloyd's k-means is the moving average without memory."""
+        self.codes.copy_(z[torch.randint(len(z), (len(self.codes),), device=z.device)])
+        for _ in range(rounds):
+            self.update(z, self.nearest(z), decay=0.0)
+
+
+class Phi(nn.Conv1d):
+    """The convolution that smooths what `up` interpolated, mixed half and half with its input (Alg. 2)."""
+
+    def __init__(self, D):
+        super().__init__(D, D, kernel_size=9, padding=4)
+        nn.init.dirac_(self.weight)                                  # starts as the identity
+        nn.init.zeros_(self.bias)
+
+    def forward(self, h):
+        return 0.5 * h + 0.5 * super().forward(h)
+
+
+class MSRQ(nn.Module):
+    """Multi-scale residual quantizer. With equal scales and no phi it is plain residual VQ."""
+
+    def __init__(self, config: SATConfig):
+        super().__init__()
+        self.scales, self.frames = config.scales, config.frames
+        self.codebooks = nn.ModuleList(Codebook(config.V, config.latent, config.decay) for _ in self.scales)
+        self.phis = nn.ModuleList(Phi(config.latent) for _ in range(config.phis))
+
+    def phi(self, k, h):
+        """The phi of scale k: neighbouring scales share one."""
+        return self.phis[k * len(self.phis) // len(self.scales)](h) if len(self.phis) else h
+
+    def walk(self, choose, T=None):
+        """Walk through the scales, coarse to fine, and yield (r_k, f_hat) after each: the loop of Alg. 1 and Alg. 2.
+
+        `choose(k, f_hat)` returns the tokens r_k (B, s_k) given the sum of all coarser scales, f_hat (B, D, T).
+        """
+        T, f_hat = T or self.frames, 0.0
+        for k in range(len(self.scales)):
+            r_k = choose(k, f_hat)
+            f_hat = f_hat + self.phi(k, up(self.codebooks[k](r_k).mT, T))
+            yield r_k, f_hat
+
+    def read(self, k, f_hat):
+        """What the transformer reads where it predicts scale k: f_hat of the coarser scales, (B, s_k, D)."""
+        return down(f_hat, self.scales[k]).mT
+
+    def quantize(self, f):
+        """Alg. 1: latents f (B, D, T) -> tokens, the sums f_hat_1 .. f_hat_K, and the vectors that were looked up."""
+        z = []
+
+        @torch.no_grad()
+        def choose(k, f_hat):
+            z.append(down(f - f_hat, self.scales[k]).mT)             # (B, s_k, D)
+            return self.codebooks[k].nearest(z[k])
+        r, f_hats = zip(*self.walk(choose, f.shape[-1]))
+        return list(r), f_hats, z
+
+    def forward(self, f):
+        """Latents f (B, D, T) -> quantised latents (B, D, T), tokens, loss; in training the codebooks learn."""
+        with torch.autocast(f.device.type, enabled=False):
+            f = f.float()
+            r, f_hats, z = self.quantize(f)
+            if self.training:
+                for codebook, z_k, r_k in zip(self.codebooks, z, r):
+                    codebook.update(z_k.flatten(0, 1), r_k.flatten())
+            commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
+            phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
+            # Straight-through, ONCE around the whole of MSRQ: forward f_hat_K, backward the identity.
+            return f + (f_hats[-1] - f).detach(), r, commitment_loss + phi_loss
+
+    @torch.no_grad()
+    def start(self, f):
+        """Start all codebooks by k-means on the residuals of the latents f (B, D, T), scale by scale."""
+        def choose(k, f_hat):
+            z = down(f - f_hat, self.scales[k]).mT
+            self.codebooks[k].kmeans(z.flatten(0, 1))
+            return self.codebooks[k].nearest(z)
+        for _ in self.walk(choose, f.shape[-1]):
+            pass
+
+    def decode(self, tokens, T=None):
+        """Alg. 2: tokens of the first n scales -> f_hat_n (B, D, T)."""
+        *_, (_, f_hat) = itertools.islice(self.walk(lambda k, _: tokens[k], T), len(tokens))
+        return f_hat
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Codec: SEANet encoder and decoder as in EnCodec (Fig. 2, left)
+# ---------------------------------------------------------------------------------------------------------------
+
+def conv(module):
+    """Weight-normalised convolution; weights of variance 1/fan_in and no bias keep the signal's size at the start.
+
+    With PyTorch's default weights it shrinks at every layer until all sounds look alike to the quantizer.
+    """
+    taps = math.prod(module.kernel_size) * module.in_channels / module.groups
+    if module.transposed:
+        taps /= math.prod(module.stride)                             # only kernel/stride taps meet at one output
+    nn.init.normal_(module.weight, std=taps ** -0.5)
+    nn.init.zeros_(module.bias)
+    return weight_norm(module)
+
+
+class Residual(nn.Module):
+    """SEANet's residual unit: a bottleneck beside a 1x1 convolution. (B, c, N) -> (B, c, N)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.block = nn.Sequential(nn.ELU(), conv(nn.Conv1d(c, c // 2, 3, padding=1)),
+                                   nn.ELU(), conv(nn.Conv1d(c // 2, c, 1)))
+        self.skip = conv(nn.Conv1d(c, c, 1))
+
+    def forward(self, x):
+        return self.skip(x) + self.block(x)
+
+
+class LSTM(nn.Module):
+    """LSTM over time, added to its input. (B, c, T) -> (B, c, T)."""
+
+    def __init__(self, c, layers):
+        super().__init__()
+        self.lstm = nn.LSTM(c, c, layers, batch_first=True)
+
+    def forward(self, x):
+        return x + self.lstm(x.mT)[0].mT
+
+
+class Encoder(nn.Sequential):
+    """Waveform (B, 1, T * hop) -> latents (B, D, T)."""
+
+    def __init__(self, config: SATConfig):
+        c = config.width
+        layers = [conv(nn.Conv1d(1, c, 7, padding=3))]
+        for r in config.strides:
+            layers += [Residual(c), nn.ELU(), conv(nn.Conv1d(c, 2 * c, 2 * r, stride=r, padding=(r + 1) // 2))]
+            c *= 2
+        if config.lstm:
+            layers += [LSTM(c, config.lstm)]
+        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d(c, config.latent, 7, padding=3)))
+
+
+class Decoder(nn.Sequential):
+    """Latents (B, D, T) -> waveform (B, 1, T * hop): the encoder's mirror image."""
+
+    def __init__(self, config: SATConfig):
+        c = config.width * 2 ** len(config.strides)
+        layers = [conv(nn.Conv1d(config.latent, c, 7, padding=3))]
+        if config.lstm:
+            layers += [LSTM(c, config.lstm)]
+        for r in reversed(config.strides):
+            layers += [nn.ELU(), conv(nn.ConvTranspose1d(c, c // 2, 2 * r, stride=r, padding=(r + 1) // 2,
+                                                         output_padding=r % 2)), Residual(c // 2)]
+            c //= 2
+        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d(c, 1, 7, padding=3)))
+
+
+class SAT(nn.Module):
+    """Scale-level audio tokenizer: encoder, MSRQ, decoder."""
+
+    def __init__(self, config: SATConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.quantizer, self.decoder = Encoder(config), MSRQ(config), Decoder(config)
+
+    def latents(self, wav):
+        """Waveform (B, 1, N) of any N >= 1 -> latents (B, D, ceil(N / hop)); the last frame is padded with silence."""
+        return self.encoder(F.pad(wav, (0, -wav.shape[-1] % self.config.hop)))
+
+    @torch.no_grad()
+    def encode(self, wav):
+        """Waveform (B, 1, N) -> list of K tensors of tokens (B, s_k), int64 (Alg. 1)."""
+        return self.quantizer.quantize(self.latents(wav).float())[0]
+
+    @torch.no_grad()
+    def decode(self, tokens, samples=None):
+        """Tokens of all or only the first n scales -> waveform (B, 1, samples); default: one window (Alg. 2)."""
+        samples = samples or self.config.samples
+        f_hat = self.quantizer.decode(tokens, math.ceil(samples / self.config.hop))
+        return self.decoder(f_hat)[..., :samples].float()
+
+    def forward(self, wav):
+        """Waveform (B, 1, N) -> (reconstruction (B, 1, N), tokens, loss of the quantizer)."""
+        f_hat, tokens, vq_loss = self.quantizer(self.latents(wav))
+        return self.decoder(f_hat)[..., :wav.shape[-1]].float(), tokens, vq_loss
+
+    @torch.no_grad()
+    def teacher_inputs(self, tokens, next_token=False):
+        """Tokens -> what the transformer reads for the scales 2..K, (B, L - s_1, D).
+
+        For the next-token baseline: the code of each token's predecessor, (B, L - 1, D).
+        """
+        quantizer = self.quantizer
+        if next_token:
+            return torch.cat([codebook(r_k) for codebook, r_k in zip(quantizer.codebooks, tokens)], 1)[:, :-1]
+        f_hats = [f_hat for _, f_hat in quantizer.walk(lambda k, _: tokens[k])]
+        reads = [quantizer.read(k, f_hat) for k, f_hat in enumerate(f_hats[:-1], start=1)]
+        return torch.cat([f_hats[0].mT[:, :0], *reads], 1)           # also right for a single scale: (B, 0, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Discriminators and the losses of stage 1
+# ---------------------------------------------------------------------------------------------------------------
+
+class STFTDiscriminator(nn.Module):
+    """Judges the complex spectrogram at one window length (samples). (B, 1, N) -> list of feature maps, logits last."""
+
+    def __init__(self, window, c):
+        super().__init__()
+        self.window = window
+        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+        self.convs = nn.ModuleList([conv(nn.Conv2d(2, c, (9, 3), padding=(4, 1)))] + [
+            conv(nn.Conv2d(c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d))) for d in (1, 2, 4)] + [
+            conv(nn.Conv2d(c, c, 3, padding=1)), conv(nn.Conv2d(c, 1, 3, padding=1))])
+
+    def forward(self, wav):
+        X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, normalized=True,
+                       return_complex=True)                          # (B, window/2 + 1, frames)
+        return feature_maps(torch.stack([X.real, X.imag], 1), self.convs)
+
+
+class PeriodDiscriminator(nn.Module):
+    """Judges every p-th sample as one column (HiFi-GAN). (B, 1, N) -> list of feature maps, logits last."""
+
+    def __init__(self, p, c):
+        super().__init__()
+        self.p = p
+        widths = [1, c, 2 * c, 4 * c, 8 * c]
+        self.convs = nn.ModuleList([
+            conv(nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))) for a, b in zip(widths, widths[1:])] + [
+            conv(nn.Conv2d(8 * c, 8 * c, (5, 1), padding=(2, 0))), conv(nn.Conv2d(8 * c, 1, (3, 1), padding=(1, 0)))])
+
+    def forward(self, wav):
+        wav = F.pad(wav, (0, -wav.shape[-1] % self.p))
+        return feature_maps(wav.unflatten(-1, (-1, self.p)), self.convs)
+
+
+def feature_maps(x, convs):
+    maps = []
+    for layer in convs:
+        x = layer(F.leaky_relu(x, 0.2) if maps else x)
+        maps.append(x)
+    return maps
+
+
+class Discriminators(nn.ModuleList):
+    """Multi-scale STFT and multi-period discriminators. (B, 1, N) -> a list of feature maps for each."""
+
+    def __init__(self, c):
+        super().__init__([STFTDiscriminator(w, c) for w in (2048, 1024, 512, 256, 128)]
+                         + [PeriodDiscriminator(p, c) for p in (2, 3, 5, 7, 11)])
+
+    def forward(self, wav):
+        return [d(wav) for d in self]
+
+
+def discriminator_loss(real, fake):
+    """Hinge loss of the discriminators, mean over them; `real` and `fake` are what Discriminators returns."""
+    return sum(F.relu(1 - r[-1].float()).mean() + F.relu(1 + f[-1].float()).mean() for r, f in zip(real, fake)) / len(real)
+
+
+def adversarial_loss(fake):
+    """Hinge loss of the generator, mean over the discriminators."""
+    return sum(F.relu(1 - f[-1].float()).mean() for f in fake) / len(fake)
+
+
+def feature_loss(real, fake):
+    """Relative feature matching: mean over all layers of |real - fake| / |real|; real sound only sets the target."""
+    pairs = [(r.detach().float(), f.float()) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
+    return sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-5) for r, f in pairs) / len(pairs)
+
+
+class Mel(nn.Module):
+    """Mel spectrogram of magnitudes, (B, 1, N) -> (B, n_mels, frames); a bin of a full-scale sine is 1 (0 dB)."""
+
+    def __init__(self, sample_rate, window, n_mels):
+        super().__init__()
+        from librosa.filters import mel                              # here, since librosa takes a second to import
+        self.window = window
+        filters = torch.from_numpy(mel(sr=sample_rate, n_fft=window, n_mels=n_mels, norm=None))
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+
+    def forward(self, wav):
+        wav = F.pad(wav.float(), (self.window // 2, self.window // 2))
+        X = torch.stft(wav.squeeze(1), self.window, self.window // 4, window=self.hann, center=False, return_complex=True)
+        with torch.autocast(wav.device.type, enabled=False):
+            return self.filters @ X.abs() / (self.window / 4)
+
+    def dB(self, wav):
+        """The same in dB, floor -80."""
+        return 20 * self(wav).clamp(min=1e-4).log10()
+
+
+class MelLoss(nn.Module):
+    """L1 + L2 distance of log10 mel spectrograms, summed over windows of 2^5 .. 2^11 samples."""
+
+    def __init__(self, sample_rate):
+        super().__init__()
+        self.mels = nn.ModuleList(Mel(sample_rate, 2 ** i, 5 * 2 ** i // 32) for i in range(5, 12))
+
+    def forward(self, x, y):
+        # The added floor of -60 dB keeps the gradient of the logarithm small in silence.
+        pairs = [((mel(x) + 1e-3).log10(), (mel(y) + 1e-3).log10()) for mel in self.mels]
+        return sum(F.l1_loss(a, b) + F.mse_loss(a, b) for a, b in pairs)
+
+
+def log_mel_distance(mel, x, y):
+    """Mean |dB| between two sounds, (B,): use Mel(24000, 1024, 80), this project's yardstick for reconstructions."""
+    return (mel.dB(x) - mel.dB(y)).abs().mean((1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transformer: acoustic autoregressive model, AAR (Fig. 2, right)
+# ---------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention with unit-length queries and keys and a learned temperature per head (QK-norm)."""
+
+    def __init__(self, C, H):
+        super().__init__()
+        self.H = H
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.log_tau = nn.Parameter(torch.full((H, 1, 1), math.log(4)))
+
+    def forward(self, x, mask=None, cache=None, at=0):
+        """x (B, n, C) -> (B, n, C). `cache` (2, B, H, L, C/H) keeps keys and values; x is written from place `at` on."""
+        B, n, C = x.shape
+        q, k, v = self.qkv(x).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)     # each (B, H, n, C/H)
+        q = F.normalize(q, dim=-1) * self.log_tau.clamp(max=math.log(100)).exp()
+        k = F.normalize(k, dim=-1)
+        if cache is not None:
+            cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
+            k, v = cache[:, :, :, :at + n]
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
+        return self.proj(y.transpose(1, 2).reshape(B, n, C))
+
+
+def modulate(x, shift, scale):
+    """AdaLN: layer norm whose shift and scale come from the condition."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Transformer block; `mod` holds its six AdaLN modulations (B, 6, 1, C)."""
+
+    def __init__(self, C, H):
+        super().__init__()
+        self.attention = Attention(C, H)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(approximate="tanh"), nn.Linear(4 * C, C))
+
+    def forward(self, x, mod, mask=None, cache=None, at=0):
+        shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(1)
+        x = x + gate1 * self.attention(modulate(x, shift1, scale1), mask, cache, at)
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
+
+
+def block_mask(blocks):
+    """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L)."""
+    block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
+    return block[:, None] >= block
+
+
+class AAR(nn.Module):
+    """Acoustic autoregressive model: predicts a block of tokens at a time, given the condition and all earlier blocks.
+
+    A block is one scale, or, with `next_token`, one token.
+    """
+
+    def __init__(self, config: AARConfig):
+        super().__init__()
+        self.config = config
+        C, H, L, K = 64 * config.depth, config.depth, sum(config.scales), len(config.scales)
+        self.blocks_per_scale = [[1] * s if config.next_token else [s] for s in config.scales]
+        blocks = sum(self.blocks_per_scale, [])
+        self.first = blocks[0]                                                 # tokens predicted by the start token
+        self.null = nn.Parameter(torch.randn(config.cond_dim) / config.cond_dim ** 0.5)     # "no condition", learned
+        self.cond = nn.Sequential(nn.Linear(config.cond_dim, C), nn.SiLU(), nn.Linear(C, C))
+        self.input = nn.Linear(config.latent, C)
+        self.level, self.position = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(L, C))
+        self.adaln = nn.Linear(C, (6 * config.depth + 2) * C)                  # of all blocks and the head
+        self.layers = nn.ModuleList(Block(C, H) for _ in range(config.depth))
+        self.head = nn.Linear(C, config.V)
+        self.register_buffer("scale_of", torch.arange(K).repeat_interleave(torch.tensor(config.scales)), persistent=False)
+        self.register_buffer("mask", block_mask(blocks), persistent=False)     # (L, L)
+
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.trunc_normal_(p, std=0.02)
+        nn.init.zeros_(self.adaln.weight)                                      # at the start every clip is modulated
+        nn.init.zeros_(self.adaln.bias)                                        # alike: shift and scale 0, gate 1
+        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0
+        for layer in self.layers:                                              # keep the residual stream's size
+            for out in (layer.attention.proj, layer.mlp[2]):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.depth))
+
+    def condition(self, cond):
+        """Condition (B, cond_dim) -> start token (B, 1, C), modulations of the layers and of the head.
+
+        It is the same at all scales, so this runs once per clip.
+        """
+        c = self.cond(cond)
+        mods = self.adaln(F.silu(c)).unflatten(-1, (-1, c.shape[-1]))[:, :, None]           # (B, 6 d + 2, 1, C)
+        return c[:, None], mods[:, :-2].unflatten(1, (-1, 6)).unbind(1), mods[:, -2:].unbind(1)
+
+    def embed(self, x, at):
+        """Add to x (B, n, C) who it is: the level (scale) and the position of the tokens from place `at` on."""
+        to = at + x.shape[1]
+        return x + self.level[self.scale_of[at:to]] + self.position[at:to]
+
+    def forward(self, cond, teacher_inputs):
+        """Condition (B, cond_dim) and SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
+        if self.training:
+            hide = torch.rand(len(cond), 1, device=cond.device) < self.config.cond_drop
+            cond = torch.where(hide, self.null, cond)
+        start, mods, head = self.condition(cond)
+        x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
+        x = self.embed(x, 0)
+        for layer, mod in zip(self.layers, mods):
+            x = layer(x, mod, self.mask)
+        return self.head(modulate(x, *head)).float()
+
+    @torch.inference_mode()
+    def generate(self, cond, sat, cfg=2.0, top_k=0, top_p=1.0, generator=None):
+        """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
+
+        cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), and the logits are
+        (1 + t_k) conditional - t_k unconditional. top_k, top_p: see `sample`. generator: on the model's device.
+        """
+        config, B, K = self.config, len(cond), len(self.config.scales)
+        if cfg:
+            cond = torch.cat([cond, self.null.expand(B, -1)])                  # both halves in one batch
+        start, mods, head = self.condition(cond)
+        cache = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64) for _ in self.layers]
+        at, last = 0, None
+
+        def choose(k, f_hat):
+            """Predict the tokens of scale k: one block, or s_k blocks of one token each."""
+            nonlocal at, last
+            r_k = []
+            for n in self.blocks_per_scale[k]:
+                if at == 0:
+                    x = start.expand(-1, n, -1)
+                else:
+                    x = self.input(last if config.next_token else sat.quantizer.read(k, f_hat))
+                    x = x.repeat(len(cond) // B, 1, 1)
+                x = self.embed(x, at)
+                for layer, mod, kv in zip(self.layers, mods, cache):
+                    x = layer(x, mod, cache=kv, at=at)
+                logits = self.head(modulate(x, *head)).float()
+                if cfg:
+                    t = cfg * k / max(K - 1, 1)
+                    logits = (1 + t) * logits[:B] - t * logits[B:]
+                r_k.append(sample(logits, top_k, top_p, generator))
+                at, last = at + n, sat.quantizer.codebooks[k](r_k[-1])
+            return torch.cat(r_k, 1)
+        return [r_k for r_k, _ in sat.quantizer.walk(choose)]
+
+
+def sample(logits, top_k=0, top_p=1.0, generator=None):
+    """Logits (B, n, V) -> tokens (B, n), drawn from the top_k likeliest codes (0: all) that hold top_p of the
+    probability (the likeliest is always kept)."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
+        drop.scatter_(-1, order[..., :1], False)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conditioning: what the generator is told about the sound
+# ---------------------------------------------------------------------------------------------------------------
+
+class MelEmbedder(nn.Module):
+    """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512), unit length.
+
+    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
+    goes through a 2-D cosine transform, of which the lowest 32 (pitch) x 16 (time) coefficients are kept.
+    """
+    dim = 512
+
+    def __init__(self, sample_rate):
+        super().__init__()
+        self.mel = Mel(sample_rate, 1024, 64)
+        i = (torch.arange(64) + 0.5) * math.pi / 64
+        self.register_buffer("dct", torch.cos(torch.arange(32)[:, None] * i) / 8, persistent=False)      # (32, 64)
+
+    @torch.no_grad()
+    def forward(self, wav):
+        picture = F.interpolate(self.mel.dB(wav) / 80 + 1, size=64, mode="linear")           # (B, 64 bands, 64 columns)
+        return F.normalize((self.dct @ picture @ self.dct[:16].T).flatten(1), dim=-1)
+
+
+GET_CLAP = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
+
+
+def clap_tensors(path):
+    """Tensors of a laion-clap checkpoint file as {name: tensor}, on the CPU. Raises UserError if the file is none."""
+    if not Path(path).is_file():
+        raise UserError(f"no CLAP checkpoint at {path}: {GET_CLAP}")
+    # weights_only=True runs no code from the file. The published files hold numpy scalars (numpy 2 renamed core to _core).
+    scalar = np.float64(0).__reduce__()[0]
+    safe = [np.dtype, *(type(np.dtype(t)) for t in "fdl"), *((scalar, f"numpy.{c}.multiarray.scalar") for c in ("core", "_core"))]
+    try:
+        with torch.serialization.safe_globals(safe):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {str(name).removeprefix("module."): t for name, t in state.items() if torch.is_tensor(t)}
+    except Exception as e:                                            # a broken file can raise nearly anything
+        raise UserError(f"{path}: not a whole, safe checkpoint ({type(e).__name__}): {GET_CLAP}") from e
+
+
+def load_part(module, tensors, part):
+    """The module with the tensors named `part`.*, frozen. Raises UserError if one is missing, unknown or of another shape."""
+    own = {name.removeprefix(part + "."): t for name, t in tensors.items() if name.startswith(part + ".")}
+    own.pop("embeddings.position_ids", None)                          # 0, 1, 2, ...: older transformers saved it
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as e:
+        raise UserError(f"the checkpoint's {part} tensors do not fit laion-clap's {part}: {GET_CLAP}") from e
+    return module.eval().requires_grad_(False)
+
+
+def htsat(size):
+    """laion-clap's audio transformer, size "tiny" or "base", with random weights."""
+    try:
+        spec = importlib.util.find_spec("laion_clap")
+        if spec is None:
+            raise ImportError("it is not installed")
+        folder = Path(spec.origin).parent / "clap_module"
+        # `import laion_clap` asks the network for tokenizers, for minutes: import its audio file below an empty package.
+        sys.modules.setdefault("_clap_audio", types.ModuleType("_clap_audio")).__path__ = [str(folder)]
+        create = importlib.import_module("_clap_audio.htsat").create_htsat_model
+    except ImportError as e:                                          # torchvision, say, which it needs and does not ask for
+        raise UserError(f"laion_clap cannot be imported ({e}): pip install -r requirements.txt") from e
+    config = json.loads((folder / f"model_configs/HTSAT-{size}.json").read_text())["audio_cfg"]
+    return create(types.SimpleNamespace(**config))
+
+
+class CLAP(nn.Module):
+    """Frozen laion-clap (arXiv 2211.06687) from a file, never the network: like sounds and sentences get close vectors.
+
+    Raises UserError if the file or the installation will not do.
+    """
+    dim = 512
+
+    @torch.random.fork_rng(devices=[])                                # the first, random weights leave the seed alone
+    def __init__(self, path, sample_rate):
+        super().__init__()
+        self.path, self.sample_rate, self.text_branch = Path(path), sample_rate, None
+        tensors = clap_tensors(path)
+        if any("fusion_model" in name or "mel_conv" in name for name in tensors):
+            raise UserError(f"{path}: a fusion checkpoint, which is not supported: {GET_CLAP}")
+        width = tensors.get("audio_branch.patch_embed.proj.bias", torch.empty(0)).numel()
+        if width not in (96, 128):
+            raise UserError(f"{path}: holds no audio_branch of HTSAT-tiny or HTSAT-base: {GET_CLAP}")
+        self.audio_branch = load_part(htsat("tiny" if width == 96 else "base"), tensors, "audio_branch")
+        self.audio_projection = load_part(self.projection(8 * width), tensors, "audio_projection")
+
+    def projection(self, width):
+        """The layers between the audio or text half and the shared 512 numbers."""
+        return nn.Sequential(nn.Linear(width, self.dim), nn.ReLU(), nn.Linear(self.dim, self.dim))
+
+    @torch.no_grad()
+    def forward(self, wav):
+        """Waveform (B, 1, N) -> (B, 512), unit length; only the first 10 s count."""
+        import soxr
+        x = soxr.resample(wav.squeeze(1).T.float().cpu().numpy(), self.sample_rate, 48000)
+        x = torch.from_numpy(x.T).to(wav.device)[:, :480000]
+        # As laion-clap was trained: a short sound is repeated a whole number of times, then silence fills the 10 s.
+        x = x.repeat(1, 480000 // x.shape[1])
+        x = F.pad(x, (0, 480000 - x.shape[1]))
+        with torch.autocast(x.device.type, enabled=False):            # half precision would spoil the spectrogram
+            x = self.audio_branch({"waveform": x}, device=x.device)["embedding"]
+            return F.normalize(self.audio_projection(x), dim=-1)
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """A list of P sentences -> (P, 512), unit length; only the first 77 tokens of each count."""
+        if self.text_branch is None:
+            self.build_text()
+        device = self.text_projection[0].weight.device
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").to(device)
+        x = self.text_branch(tokens.input_ids, tokens.attention_mask).pooler_output
+        return F.normalize(self.text_projection(x), dim=-1)
+
+    @torch.random.fork_rng(devices=[])
+    def build_text(self):
+        """Add the tokenizer and the text half, which only `text` needs; its sizes are those of the tensors."""
+        from huggingface_hub import try_to_load_from_cache
+        from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+        tensors = clap_tensors(self.path)
+        if "text_branch.embeddings.word_embeddings.weight" not in tensors:
+            raise UserError(f"{self.path}: has no text half (text_branch tensors): {GET_CLAP}")
+        here = self.path.resolve().parent
+        cached = try_to_load_from_cache("roberta-base", "vocab.json")           # by name it would ask the network
+        folders = [here, Path(cached).parent] if isinstance(cached, str) else [here]
+        folders = [f for f in folders if (f / "vocab.json").is_file() and (f / "merges.txt").is_file()]
+        try:
+            self.tokenizer = RobertaTokenizer.from_pretrained(folders[0], local_files_only=True)
+            seen = len(self.tokenizer)
+        except Exception:                                             # no folder, or broken files
+            seen = 0
+        if seen != 50265:                                             # a wordless tokenizer makes all prompts the same, silently
+            raise UserError(f"CLAP's tokenizer has {seen} of its 50265 tokens: get vocab.json and merges.txt "
+                            f"from https://huggingface.co/roberta-base and put both into {here}")
+        width = tensors["text_branch.embeddings.word_embeddings.weight"].shape[1]
+        layers = sum(name.endswith(".intermediate.dense.weight") for name in tensors)
+        config = RobertaConfig(vocab_size=50265, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+                               intermediate_size=4 * width, max_position_embeddings=514, type_vocab_size=1,
+                               layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+        device = self.audio_projection[0].weight.device
+        branch = load_part(RobertaModel(config), tensors, "text_branch").to(device)
+        self.text_projection = load_part(self.projection(width), tensors, "text_projection").to(device)
+        self.text_branch = branch
+
+
+def build_embedder(kind, sample_rate, clap=None):
+    """The condition's embedder, "mel" or "clap", frozen; `clap`: the checkpoint file of laion-clap."""
+    if kind == "clap" and clap is None:
+        raise UserError(f"--embedder clap needs a checkpoint: {GET_CLAP}")
+    return (CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sound and files
+# ---------------------------------------------------------------------------------------------------------------
+
+def load_audio(path, sample_rate, start=0.0, seconds=None):
+    """Any file that libsndfile reads -> (1, N) float32 at `sample_rate` Hz, mono; only `seconds` from `start` are read.
+
+    Channels are averaged, or, where they cancel each other, the loudest one is taken. Peaks above 1 are scaled to 1.
+    Raises UserError for what is not a readable sound.
+    """
+    import soundfile
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            file.seek(min(int(start * rate), file.frames))
+            x = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as e:
+        raise UserError(f"{path}: not a readable sound file ({str(e).strip().splitlines()[-1] if str(e) else type(e).__name__})")
+    if not x.size:
+        raise UserError(f"{path}: holds no samples")
+    if not np.isfinite(x).all():
+        raise UserError(f"{path}: holds NaN or infinite samples")
+    mono = x.mean(1)
+    if mono.std() < 0.01 * x.std(0).max():
+        mono = x[:, x.std(0).argmax()]
+    if rate != sample_rate:
+        import soxr
+        mono = soxr.resample(mono, rate, sample_rate)
+    if seconds is not None:
+        mono = mono[:math.ceil(seconds * sample_rate)]
+    return torch.from_numpy(np.ascontiguousarray(mono / max(1.0, np.abs(mono).max(initial=0.0)), dtype=np.float32))[None]
+
+
+def save_audio(path, wav, sample_rate):
+    """Write (1, N) as a 16-bit wave file."""
+    import soundfile
+    soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+
+
+TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
+
+
+def toy_sound(kind, rng, sample_rate, samples):
+    """A sound of one of ten kinds with random parameters from the numpy generator `rng`: (1, samples) float32."""
+    t, u = np.arange(samples) / sample_rate, rng.uniform
+    noise = rng.standard_normal(samples)
+
+    def tone(hz):
+        return np.sin(2 * np.pi * np.cumsum(hz * np.ones(samples)) / sample_rate)
+
+    def decay(rate):
+        return np.exp(-rate * t)
+    f = {"pluck": u(150, 600), "bell": u(400, 900), "siren": u(600, 1000), "bird": u(2500, 4500), "buzz": u(70, 160)}.get(kind)
+    if kind == "kick":
+        x = tone(u(40, 60) + u(100, 200) * decay(u(25, 45))) * decay(u(5, 9))
+    elif kind == "snare":
+        x = 0.5 * noise * decay(u(12, 20)) + tone(u(160, 240)) * decay(u(15, 25))
+    elif kind == "hat":
+        x = np.diff(noise, 2, prepend=[0, 0]) * decay(u(25, 60))
+    elif kind == "pluck":
+        x = sum(tone(f * h) * decay(2 * h + u(1, 3)) / h for h in range(1, 9))
+    elif kind == "bell":
+        x = sum(tone(f * h) * decay(u(0.5, 1.5) * h) / h for h in (1, 2.76, 5.4, 8.93))
+    elif kind == "siren":
+        x = tone(f + f * u(0.2, 0.4) * np.sin(2 * np.pi * u(2, 4) * t))
+    elif kind == "bird":
+        phase = t * u(4, 8) % 1
+        x = tone(f * (1 + u(0.2, 0.5) * phase)) * (phase < 0.6) * np.sin(np.pi * phase / 0.6)
+    elif kind == "wind":
+        x = np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * np.sin(2 * np.pi * u(0.5, 2) * t + u(0, 6)))
+    elif kind == "buzz":
+        x = sum(tone(f * h) / h for h in range(1, 25))
+    else:
+        x = np.convolve((np.diff(t * u(6, 14) % 1, prepend=0) < 0), noise[:200] * np.exp(-np.arange(200) / u(15, 40)))[:samples]
+    x = x / (np.abs(x).max() + 1e-9) * 10 ** (u(-12, -1) / 20)
+    return torch.from_numpy(x.astype(np.float32))[None]
+
+
+class ToySounds(torch.utils.data.Dataset):
+    """Endless built-in sounds: item i is (wav (1, samples), name), the same for the same seed."""
+
+    def __init__(self, sample_rate, samples, seed=0, held_back=False):
+        self.sample_rate, self.samples, self.seed, self.held_back = sample_rate, samples, seed, held_back
+
+    def __repr__(self):
+        return "built-in toy sounds"
+
+    def key(self):
+        return [self.seed, self.samples]
+
+    def __len__(self):
+        return 100 if self.held_back else sys.maxsize
+
+    def __getitem__(self, i):
+        kind = TOYS[i % len(TOYS)]
+        rng = np.random.default_rng((self.seed, self.held_back, i))
+        return toy_sound(kind, rng, self.sample_rate, self.samples), f"{kind}-{i}"
+
+
+class SoundFolder(torch.utils.data.Dataset):
+    """Windows of the sound files below a folder: item i is (wav (1, samples), name), the same for the same seed.
+
+    Every epoch visits each file once in a new order, at a random place that is not silent if there is one. Short sounds
+    are padded with silence. Of the files, 5% are held back for validation, by a hash of their path in the folder, so that
+    more files move none of them. Raises UserError if there is no sound, or if more than half of the files are unreadable.
+    """
+    SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split())
+
+    def __init__(self, folder, sample_rate, samples, seed=0, held_back=False):
+        import soundfile
+        self.sample_rate, self.samples, self.seed, self.held_back = sample_rate, samples, seed, held_back
+        self.folder, root = folder, Path(folder)
+        if not root.is_dir():
+            raise UserError(f"--data {folder}: no such folder")
+        paths = sorted(Path(d) / f for d, _, fs in os.walk(root) for f in fs if Path(f).suffix.lower() in self.SUFFIXES)
+        self.files, self.bad = [], []
+        for path in paths:
+            try:
+                info = soundfile.info(path)
+                (self.files if info.frames > 0 else self.bad).append((path, info.frames / info.samplerate))
+            except (soundfile.SoundFileError, OSError, RuntimeError):
+                self.bad.append((path, 0))
+        if not paths or len(self.bad) > len(self.files):
+            raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable"
+                            + "".join(f", such as {p}" for p, _ in self.bad[:1]) + f"; give a folder of {' '.join(sorted(self.SUFFIXES))}")
+        self.files.sort(key=lambda f: zlib.crc32(f[0].relative_to(root).as_posix().encode()))
+        n = max(1, len(self.files) // 20)
+        if len(self.files) > 1:
+            self.files = self.files[:n] if held_back else self.files[n:]
+
+    def __repr__(self):
+        return f"{len(self.files)} sounds in {self.folder} ({len(self.bad)} unreadable ones skipped)"
+
+    def key(self):
+        """Changes when the files do."""
+        return [self.seed, self.samples] + [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p, _ in self.files]
+
+    def __len__(self):
+        return len(self.files) if self.held_back else sys.maxsize
+
+    def __getitem__(self, i):
+        n, seconds = len(self.files), self.samples / self.sample_rate
+        order = np.random.default_rng((self.seed, i // n)).permutation(n)
+        rng = np.random.default_rng((self.seed, self.held_back, i))
+        for attempt in range(n):                                      # a file that cannot be read: take the next
+            path, length = self.files[i if self.held_back and not attempt else order[(i + attempt) % n]]
+            try:
+                for _ in range(4):                                    # a silent place: try another
+                    start = rng.uniform(0, max(0.0, length - seconds))
+                    wav = load_audio(path, self.sample_rate, start, seconds)[:, :self.samples]
+                    if wav.square().mean() > 1e-6:                    # -60 dB
+                        break
+                return F.pad(wav, (0, self.samples - wav.shape[-1])), str(path)
+            except UserError as e:
+                if path not in (p for p, _ in self.bad):
+                    self.bad.append((path, 0))
+                    print(f"skipped {e}", file=sys.stderr)
+        raise UserError(f"none of the {n} sounds could be read")
+
+
+def sounds(data, config: SATConfig, seed=0, held_back=False):
+    """The data set of windows for a tokenizer: a folder, or, without one, the built-in toy sounds."""
+    kind = (ToySounds, ) if data is None else (SoundFolder, data)
+    return kind[0](*kind[1:], config.sample_rate, config.samples, seed, held_back)
+
+
+VERSION = 1
+
+
+def save_checkpoint(path, kind, config, plan, step, history, parts, **extra):
+    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole."""
+    path = Path(path)
+    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    state = {"kind": kind, "version": VERSION, "config": asdict(config), "plan": asdict(plan), "step": step,
+             "history": history, "rng": rng, "parts": {name: part.state_dict() for name, part in parts.items()}, **extra}
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of `kind` ("sat" or "aar") onto the CPU. Raises UserError if it is none."""
+    maker = {"sat": "train_sat.py", "aar": "train_aar.py"}[kind]
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; make one with: python {maker} --out {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        seen = state["kind"]
+    except Exception as e:                                            # torch.load raises many kinds for a foreign file
+        raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); make one with: python {maker}")
+    if (seen, state["version"]) != (kind, VERSION):
+        raise UserError(f"{path}: holds {seen!r} version {state['version']}, wanted {kind!r} version {VERSION}; "
+                        f"make one with: python {maker}")
+    return state
+
+
+def begin(args, kind, config, plan, parts):
+    """Start at step 0, or with --resume put everything that training changes back to where the checkpoint left it.
+
+    Returns (step, history). Raises UserError if that would overwrite a checkpoint or go on with other settings.
+    """
+    path = Path(args.out)
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"--out {path}: cannot write into {path.resolve().parent}")
+    if not args.resume:
+        if path.exists():
+            raise UserError(f"{path} exists: add --resume to go on with it, or give another --out")
+        return 0, []
+    state = load_checkpoint(path, kind)
+    for name, now in (("config", config), ("plan", plan)):
+        differs = [f"{k} {state[name].get(k)} -> {v}" for k, v in asdict(now).items() if state[name].get(k) != v]
+        if differs:
+            raise UserError(f"{path} was made with other settings ({'; '.join(differs)}): resume with the same ones")
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if "cuda" in state["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    return state["step"], state["history"]
+
+
+def load_aar(path, sat, device="cpu"):
+    """Checkpoint of stage 2 -> (generator, name of its embedder). Raises UserError if it was trained on another tokenizer."""
+    state = load_checkpoint(path, "aar")
+    if state["sat"] != fingerprint(sat):
+        raise UserError(f"{path} was trained on the tokenizer {state['sat']}, not on this one, {fingerprint(sat)}: "
+                        "give the --sat that it was trained with")
+    aar = AAR(AARConfig(**state["config"]))
+    aar.load_state_dict(state["parts"]["aar"])
+    return aar.to(device).eval().requires_grad_(False), state["embedder"]
+
+
+def load_sat(path, device="cpu"):
+    """Checkpoint of stage 1 -> the tokenizer, frozen."""
+    state = load_checkpoint(path, "sat")
+    sat = SAT(SATConfig(**state["config"]))
+    sat.load_state_dict(state["parts"]["sat"])
+    return sat.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(model):
+    """A short name of a model's weights: equal weights, equal name."""
+    digest = hashlib.sha1()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def pick_device(name=None):
+    """The device called `name`, or the best there is: cuda, else mps, else cpu. Raises UserError if it is not there."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} is not available here ({str(e).splitlines()[0]}); the best here is {best}")
+
+
+def plan_from(plan: TrainConfig, args):
+    """The preset's plan with what the command line changed."""
+    given = {name: value for name in ("steps", "batch", "lr") if (value := getattr(args, name)) is not None}
+    if not all(0 < value < math.inf for value in given.values()):
+        raise UserError(f"--steps, --batch and --lr must be above zero, got {given}")
+    return replace(plan, **given)
+
+
+def has_bfloat16(device):
+    """Whether the device multiplies matrices faster in bfloat16 than in float32."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def learning_rate(step, train: TrainConfig):
+    """Linear warm-up, then a cosine down to 1% at the last step."""
+    warm_up = round(train.warm_up * train.steps)
+    if step < warm_up:
+        return train.lr * (step + 1) / warm_up
+    u = (step - warm_up) / max(1, train.steps - warm_up)
+    return train.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(u, 1.0))))
+
+
+def batches(data, plan: TrainConfig, start, stop=None):
+    """The batches of steps `start`, `start` + 1, ...: (wav (B, 1, N), names), decoded ahead in other processes."""
+    places = range(start * plan.batch, stop or plan.steps * plan.batch)
+    workers = min(4, max(1, (os.cpu_count() or 1) // 2))
+    return iter(torch.utils.data.DataLoader(data, plan.batch, sampler=places, num_workers=workers, prefetch_factor=4,
+                                            pin_memory=torch.cuda.is_available()))
+
+
+class Log:
+    """Means of the loss parts between two lines of the log. Reads the device every ten steps only."""
+
+    def __init__(self, bar, history):
+        self.bar, self.history, self.pending = bar, history, []
+        self.clear()
+
+    def clear(self):
+        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+
+    def wait(self, loader):
+        since = time.perf_counter()
+        batch = next(loader)
+        self.waited += time.perf_counter() - since
+        return batch
+
+    def add(self, step, names, **losses):
+        self.pending.append((step, names, {part: value.detach() for part, value in losses.items()}))
+        if len(self.pending) == 10:
+            self.flush()
+
+    def flush(self):
+        """Raises UserError at the first loss that is not finite."""
+        for step, names, losses in self.pending:
+            self.steps += 1
+            for part, value in losses.items():
+                value = float(value)
+                if not math.isfinite(value):
+                    raise UserError(f"step {step}: loss part {part!r} is {value} on {', '.join(names)}; the last checkpoint "
+                                    "is kept; go on from it with a smaller --lr")
+                self.sums[part] = self.sums.get(part, 0.0) + value
+            self.bar.set_postfix({part: f"{float(value):.3f}" for part, value in losses.items()}, refresh=False)
+        self.pending.clear()
+
+    def write(self, step, **more):
+        """Print one line and remember it."""
+        self.flush()
+        n, seconds = max(1, self.steps), time.perf_counter() - self.since
+        row = {"step": step} | {part: value / n for part, value in self.sums.items()} | more
+        row |= {"s_per_step": seconds / n, "waited": self.waited / seconds}
+        self.history.append(row)
+        self.bar.write("  ".join(f"{k} " + (f"{v:.3f}" if isinstance(v, float) else
+                                            " ".join(f"{x:.0f}" for x in v) if isinstance(v, list) else str(v))
+                                 for k, v in row.items()))
+        self.clear()
+
+
+def command_line(main):
+    """Run a script's main(); what the user can mend ends in one line and exit code 2, without a traceback."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

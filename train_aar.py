@@ -1,0 +1,157 @@
+"""Stage 2: train the generator AAR on the tokens of a trained SAT, on the same sounds.
+
+    python train_aar.py --data wavs/ --sat sat.pt --out aar.pt
+"""
+import argparse
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import aar
+from aar import AAR, PRESETS, UserError
+
+
+def arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", help="folder of sound files (default: built-in toy sounds)")
+    p.add_argument("--preset", choices=PRESETS, help="default: paper with CUDA, else tiny")
+    p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
+    p.add_argument("--out", default="aar.pt", help="checkpoint to write (default: aar.pt)")
+    p.add_argument("--embedder", choices=["mel", "clap"], default="mel", help="what makes the condition (default: mel)")
+    p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, for --embedder clap")
+    p.add_argument("--next-token", action="store_true", help="the baseline: one token per step")
+    p.add_argument("--steps", type=int, help="default: the preset's")
+    p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    device = aar.pick_device(args.device)
+    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    sat = aar.load_sat(args.sat, device)
+    embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
+    config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
+                                 cond_dim=embedder.dim, next_token=args.next_token)
+    train(args, sat, embedder, config, aar.plan_from(preset.train_aar, args), device)
+
+
+def train(args, sat, embedder, config, plan, device):
+    """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds."""
+    torch.manual_seed(args.seed)
+    model = AAR(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), plan.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    parts = {"aar": model, "optimizer": optimizer}
+    start, history = aar.begin(args, "aar", config, plan, parts)
+    extra = {"sat": aar.fingerprint(sat), "embedder": args.embedder}
+    data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
+    print(f"device {device}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {data}, "
+          f"{sum(config.scales)} tokens, {'next-token' if config.next_token else 'next-scale'}")
+    tokens, cond = tokenize(args, sat, embedder, data, min(plan.crops, plan.steps * plan.batch), "training")
+    held = tokenize(args, sat, embedder, held_back, len(held_back), "validation")
+    print(f"ln V = {math.log(config.V):.3f} is the loss of guessing; knowing only how often each code stands at each place: "
+          + " ".join(f"{x:.2f}" for x in per_scale(unigram_loss(tokens, held[0], config.V), config.scales)))
+
+    bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
+    log = aar.Log(bar, history)
+    step, every = start, max(1, plan.steps // 10)
+    try:
+        for step in bar:
+            pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
+            for group in optimizer.param_groups:
+                group["lr"] = aar.learning_rate(step, plan)
+            loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss, norm=norm)
+
+            if (step + 1) % every == 0 or step + 1 == plan.steps:
+                log.write(step + 1, **validate(model, sat, *held))
+                aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **extra)
+                listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
+    except KeyboardInterrupt:
+        log.flush()
+        aar.save_checkpoint(args.out, "aar", config, plan, step, log.history, parts, **extra)
+        raise UserError(f"stopped at step {step}; go on with the same command and --resume")
+
+
+def losses(model, sat, r, cond):
+    """Cross-entropy of each token: r (B, L), cond (B, cond_dim) -> (B, L)."""
+    r = r.long()
+    teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
+    with torch.autocast(r.device.type, torch.bfloat16, enabled=aar.has_bfloat16(r.device)):
+        logits = model(cond, teacher_inputs)
+    return F.cross_entropy(logits.transpose(1, 2), r, reduction="none")
+
+
+def per_scale(x, scales):
+    """Mean over the tokens of each scale: (B, L) or (L,) -> list of K numbers."""
+    return [part.float().mean().item() for part in x.split(list(scales), -1)]
+
+
+def unigram_loss(tokens, held_back, V):
+    """Cross-entropy of held-back tokens (n, L) under the counts (plus one) of each code at each place: (L,)."""
+    counts = torch.ones(tokens.shape[1], V).scatter_add_(1, tokens.T.long(), torch.ones(tokens.T.shape))
+    return -(counts / counts.sum(1, keepdim=True)).log().gather(1, held_back.T.long()).mean(1)
+
+
+@torch.no_grad()
+def validate(model, sat, tokens, cond):
+    """Teacher-forced loss on held-back clips: its mean, and per scale beside the accuracy of the likeliest code."""
+    device = next(model.parameters()).device
+    model.eval()
+    loss = torch.cat([losses(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))])
+    model.train()
+    return {"held_back": loss.mean().item(), "per_scale": per_scale(loss, model.config.scales)}
+
+
+@torch.no_grad()
+def tokenize(args, sat, embedder, data, n, name):
+    """Tokens (n, L) int16 and conditions (n, cond_dim) of the first n windows; the same window is tokenised and embedded.
+
+    They are kept in a file beside the checkpoint and made anew when the tokenizer, the embedder or the sounds changed.
+    """
+    cache = Path(args.out).with_suffix(f".{name}.pt")
+    key = hashlib.sha1(repr((aar.fingerprint(sat), args.embedder, aar.fingerprint(embedder), n, data.key())).encode()).hexdigest()
+    if cache.is_file():
+        try:
+            state = torch.load(cache, weights_only=True)
+            if state["key"] == key:
+                return state["tokens"], state["cond"]
+        except Exception:                                             # truncated or foreign: made anew
+            pass
+    device, tokens, cond = next(sat.parameters()).device, [], []
+    plan = aar.TrainConfig(steps=math.ceil(n / 16), batch=16, lr=0)
+    for wav, _ in tqdm(aar.batches(data, plan, 0, n), total=plan.steps, desc=f"{name} tokens", unit="batch"):
+        wav = wav.to(device)
+        tokens.append(torch.cat(sat.encode(wav), 1).short().cpu())
+        cond.append(embedder(wav).cpu())
+    tokens, cond = torch.cat(tokens), torch.cat(cond)
+    torch.save({"key": key, "tokens": tokens, "cond": cond}, cache)
+    return tokens, cond
+
+
+def listen(model, sat, held_back, cond, path, n=4):
+    """Write references and what is generated from their conditions, in turn, with a pause between."""
+    device, sample_rate = next(model.parameters()).device, sat.config.sample_rate
+    model.eval()
+    y = sat.decode(model.generate(cond[:n].to(device), sat, generator=torch.Generator(device).manual_seed(0))).cpu()
+    model.train()
+    pause = torch.zeros(1, sample_rate // 5)
+    aar.save_audio(path, torch.cat([part for i in range(len(y)) for part in (held_back[i][0], pause, y[i], pause)], -1), sample_rate)
+
+
+if __name__ == "__main__":
+    aar.command_line(main)
