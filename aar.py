@@ -209,9 +209,8 @@ class Phi(nn.Conv1d):
     """The convolution that smooths what `up` interpolated, mixed half and half with its input (Alg. 2)."""
 
     def __init__(self, D):
-        super().__init__(D, D, kernel_size=9, padding=4)
+        super().__init__(D, D, kernel_size=9, padding=4, bias=False)
         nn.init.dirac_(self.weight)                                  # starts as the identity
-        nn.init.zeros_(self.bias)
 
     def forward(self, h):
         return 0.5 * h + 0.5 * super().forward(h)
@@ -289,17 +288,23 @@ class MSRQ(nn.Module):
 # Codec: SEANet encoder and decoder as in EnCodec (Fig. 2, left)
 # ---------------------------------------------------------------------------------------------------------------
 
-def conv(module):
-    """Weight-normalised convolution; weights of variance 1/fan_in and no bias keep the signal's size at the start.
+def conv(kind, *args, gain=1.0, bias=False, **kwargs):
+    """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
-    With PyTorch's default weights it shrinks at every layer until all sounds look alike to the quantizer.
+    That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike to
+    the quantizer. The codec has no biases: silence stays silence.
     """
-    taps = math.prod(module.kernel_size) * module.in_channels / module.groups
+    module = kind(*args, bias=bias, **kwargs)
+    taps = math.prod(module.kernel_size) * module.in_channels
     if module.transposed:
         taps /= math.prod(module.stride)                             # only kernel/stride taps meet at one output
-    nn.init.normal_(module.weight, std=taps ** -0.5)
-    nn.init.zeros_(module.bias)
+    nn.init.normal_(module.weight, std=gain / math.sqrt(taps))
+    if bias:
+        nn.init.zeros_(module.bias)
     return weight_norm(module)
+
+
+LOUDNESS = 8.0  # sound has an RMS of about 1/8: scaled to 1, where an ELU is more than a straight line, and back
 
 
 class Residual(nn.Module):
@@ -307,9 +312,9 @@ class Residual(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.block = nn.Sequential(nn.ELU(), conv(nn.Conv1d(c, c // 2, 3, padding=1)),
-                                   nn.ELU(), conv(nn.Conv1d(c // 2, c, 1)))
-        self.skip = conv(nn.Conv1d(c, c, 1))
+        self.block = nn.Sequential(nn.ELU(), conv(nn.Conv1d, c, c // 2, 3, padding=1),
+                                   nn.ELU(), conv(nn.Conv1d, c // 2, c, 1))
+        self.skip = conv(nn.Conv1d, c, c, 1)
 
     def forward(self, x):
         return self.skip(x) + self.block(x)
@@ -331,13 +336,13 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width
-        layers = [conv(nn.Conv1d(1, c, 7, padding=3))]
+        layers = [conv(nn.Conv1d, 1, c, 7, padding=3, gain=LOUDNESS)]
         for r in config.strides:
-            layers += [Residual(c), nn.ELU(), conv(nn.Conv1d(c, 2 * c, 2 * r, stride=r, padding=(r + 1) // 2))]
+            layers += [Residual(c), nn.ELU(), conv(nn.Conv1d, c, 2 * c, 2 * r, stride=r, padding=(r + 1) // 2)]
             c *= 2
         if config.lstm:
             layers += [LSTM(c, config.lstm)]
-        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d(c, config.latent, 7, padding=3)))
+        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d, c, config.latent, 7, padding=3))
 
 
 class Decoder(nn.Sequential):
@@ -345,14 +350,14 @@ class Decoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width * 2 ** len(config.strides)
-        layers = [conv(nn.Conv1d(config.latent, c, 7, padding=3))]
+        layers = [conv(nn.Conv1d, config.latent, c, 7, padding=3)]
         if config.lstm:
             layers += [LSTM(c, config.lstm)]
         for r in reversed(config.strides):
-            layers += [nn.ELU(), conv(nn.ConvTranspose1d(c, c // 2, 2 * r, stride=r, padding=(r + 1) // 2,
-                                                         output_padding=r % 2)), Residual(c // 2)]
+            layers += [nn.ELU(), conv(nn.ConvTranspose1d, c, c // 2, 2 * r, stride=r, padding=(r + 1) // 2,
+                                                      output_padding=r % 2), Residual(c // 2)]
             c //= 2
-        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d(c, 1, 7, padding=3)))
+        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d, c, 1, 7, padding=3, gain=1 / LOUDNESS))
 
 
 class SAT(nn.Module):
@@ -409,9 +414,9 @@ class STFTDiscriminator(nn.Module):
         super().__init__()
         self.window = window
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
-        self.convs = nn.ModuleList([conv(nn.Conv2d(2, c, (9, 3), padding=(4, 1)))] + [
-            conv(nn.Conv2d(c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d))) for d in (1, 2, 4)] + [
-            conv(nn.Conv2d(c, c, 3, padding=1)), conv(nn.Conv2d(c, 1, 3, padding=1))])
+        self.convs = nn.ModuleList([conv(nn.Conv2d, 2, c, (9, 3), padding=(4, 1), bias=True)] + [
+            conv(nn.Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d), bias=True) for d in (1, 2, 4)] + [
+            conv(nn.Conv2d, c, c, 3, padding=1, bias=True), conv(nn.Conv2d, c, 1, 3, padding=1, bias=True)])
 
     def forward(self, wav):
         X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, normalized=True,
@@ -427,8 +432,9 @@ class PeriodDiscriminator(nn.Module):
         self.p = p
         widths = [1, c, 2 * c, 4 * c, 8 * c]
         self.convs = nn.ModuleList([
-            conv(nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))) for a, b in zip(widths, widths[1:])] + [
-            conv(nn.Conv2d(8 * c, 8 * c, (5, 1), padding=(2, 0))), conv(nn.Conv2d(8 * c, 1, (3, 1), padding=(1, 0)))])
+            conv(nn.Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0), bias=True) for a, b in zip(widths, widths[1:])] + [
+            conv(nn.Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0), bias=True),
+            conv(nn.Conv2d, 8 * c, 1, (3, 1), padding=(1, 0), bias=True)])
 
     def forward(self, wav):
         wav = F.pad(wav, (0, -wav.shape[-1] % self.p))
@@ -678,7 +684,8 @@ class MelEmbedder(nn.Module):
     """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512), unit length.
 
     A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
-    goes through a 2-D cosine transform, of which the lowest 32 (pitch) x 16 (time) coefficients are kept.
+    loses its mean (so that loudness matters little) and goes through a 2-D cosine transform, of which the lowest
+    32 (pitch) x 16 (time) coefficients are kept.
     """
     dim = 512
 
@@ -691,6 +698,7 @@ class MelEmbedder(nn.Module):
     @torch.no_grad()
     def forward(self, wav):
         picture = F.interpolate(self.mel.dB(wav) / 80 + 1, size=64, mode="linear")           # (B, 64 bands, 64 columns)
+        picture = picture - picture.mean((1, 2), keepdim=True)
         return F.normalize((self.dct @ picture @ self.dct[:16].T).flatten(1), dim=-1)
 
 
@@ -1160,9 +1168,9 @@ class Log:
         row = {"step": step} | {part: value / n for part, value in self.sums.items()} | more
         row |= {"s_per_step": seconds / n, "waited": self.waited / seconds}
         self.history.append(row)
-        self.bar.write("  ".join(f"{k} " + (f"{v:.3f}" if isinstance(v, float) else
-                                            " ".join(f"{x:.0f}" for x in v) if isinstance(v, list) else str(v))
-                                 for k, v in row.items()))
+        text = {k: " ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in (v if isinstance(v, list) else [v]))
+                for k, v in row.items()}
+        self.bar.write("  ".join(f"{k} {v}" for k, v in text.items()))
         self.clear()
 
 

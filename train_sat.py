@@ -139,7 +139,7 @@ def evaluate(sat, held_back, waves=None):
     p = counts / counts.sum(1, keepdim=True)
     means = torch.cat(rows).mean(0).tolist()
     return {"log_mel_dB": means[0], "stft": means[1], "si_sdr_dB": means[2], "used": (counts > 0).sum(1).tolist(),
-            "perplexity": torch.special.entr(p).sum(1).exp().tolist()}
+            "perplexity": torch.special.entr(p).sum(1).exp().round().int().tolist()}
 
 
 if __name__ == "__main__":

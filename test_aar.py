@@ -1,0 +1,1518 @@
+"""The properties that make the program right, each beside a naive reference. Run them with: pytest -q test_aar.py"""
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import aar
+import sample
+import train_aar
+import train_sat
+from aar import (AAR, CLAP, PRESETS, SAT, AARConfig, Codebook, Discriminators, Mel, MelEmbedder, MelLoss, SATConfig,
+                 SoundFolder, ToySounds, TrainConfig, UserError, load_audio, scale_schedule)
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+torch.set_num_threads(1)                                              # equal to the bit from run to run
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)
+
+
+def small_sat(**changes):
+    """A tokenizer of 40 frames of 40 samples, 5 scales and 16 codes, with random phis and a hundred times smaller than tiny."""
+    config = SATConfig(sample_rate=8000, seconds=0.2, strides=(2, 4, 5), width=4, lstm=0, latent=6, V=16, n_scales=5, phis=3,
+                       disc_width=2)
+    sat = SAT(dataclasses.replace(config, **changes))
+    for phi in sat.quantizer.phis:
+        nn.init.normal_(phi.weight, std=0.2)
+        nn.init.normal_(phi.bias, std=0.2)
+    return sat.eval()
+
+
+def small_aar(sat, **changes):
+    """A generator for `sat` whose weights are all random, so that condition, level and position make a difference."""
+    config = AARConfig(scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V, depth=2, cond_dim=5)
+    model = AAR(dataclasses.replace(config, **changes))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def random_tokens(sat, B=2):
+    return [torch.randint(sat.config.V, (B, s)) for s in sat.config.scales]
+
+
+def noise(*shape, seed=1):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sine(hz, rate, seconds=1.0, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
+
+
+def pitch(x, rate):
+    """Frequency of the highest peak of the spectrum, in Hz."""
+    x = np.asarray(x, dtype=np.float64).ravel()
+    return np.abs(np.fft.rfft(x * np.hanning(len(x)), 8 * len(x))).argmax() * rate / (8 * len(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scales
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_quadratic_schedule_is_the_paper_s():
+    """75 frames at 16 scales are 455 tokens, those of the paper."""
+    want = (1, 2, 4, 6, 9, 12, 16, 20, 25, 31, 37, 43, 50, 58, 66, 75)
+    assert scale_schedule("quadratic", 75, 16) == want == PRESETS["paper"].sat.scales == PRESETS["tiny"].sat.scales
+    assert sum(want) == 455
+
+
+@pytest.mark.parametrize("kind, g, g_inverse", [("quadratic", math.sqrt, lambda u: u * u), ("linear", float, float),
+                                                ("log", math.log, math.exp)])
+def test_schedule_grows_evenly_from_1_to_all_frames(kind, g, g_inverse):
+    """Between 1 and `frames`, g(s_k) grows evenly, rounded down; never decreasing, whatever the numbers."""
+    for frames, n in itertools.product((2, 3, 7, 10, 49, 64, 75, 100, 750), (2, 3, 5, 10, 16, 49, 75)):
+        if n <= frames:
+            s = scale_schedule(kind, frames, n)
+            assert len(s) == n and s[0] == 1 and s[-1] == frames and list(s) == sorted(s)
+            for k, s_k in enumerate(s):
+                want = g_inverse(g(1) + (g(frames) - g(1)) * k / (n - 1))
+                assert s_k == math.floor(want + 1e-6), (frames, n, k)
+
+
+def test_schedule_of_one_scale_and_flat():
+    """A single scale holds all frames, and so does each flat one; there may be more flat ones than frames."""
+    assert all(scale_schedule(kind, 7, 1) == (7,) for kind in ("quadratic", "linear", "log", "flat"))
+    assert scale_schedule("flat", 3, 5) == (3,) * 5
+
+
+@pytest.mark.parametrize("kind, frames, n", [("cubic", 75, 16), ("linear", 75, 76), ("log", 75, 0), ("quadratic", 0, 1),
+                                             ("quadratic", 75, -1), ("flat", 75, 0)])
+def test_schedule_refuses(kind, frames, n):
+    """What makes no schedule is the user's error."""
+    with pytest.raises(UserError):
+        scale_schedule(kind, frames, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Codec
+# ---------------------------------------------------------------------------------------------------------------
+
+def paper_like(**changes):
+    """The paper's tokenizer (strides, LSTM, scales, phis), narrow."""
+    torch.manual_seed(0)
+    return SAT(dataclasses.replace(PRESETS["paper"].sat, width=2, latent=4, V=16, **changes)).eval()
+
+
+@pytest.mark.parametrize("make", [small_sat, paper_like])
+@pytest.mark.parametrize("samples", [1, 39, 40, 41, 320, 321, 639, 1600, 24000, 30001])
+@torch.no_grad()
+def test_reconstruction_is_as_long_as_the_input(make, samples):
+    """A sound of any length gives ceil(N / hop) frames, and comes back with its N samples."""
+    sat = make()
+    x = noise(2, 1, samples)
+    assert sat.latents(x).shape == (2, sat.config.latent, math.ceil(samples / sat.config.hop))
+    y, tokens, _ = sat(x)
+    assert y.shape == x.shape and y.isfinite().all()
+    assert [r_k.shape for r_k in tokens] == [(2, s) for s in sat.config.scales]
+
+
+@pytest.mark.parametrize("make", [small_sat, paper_like])
+@pytest.mark.parametrize("windows", [1, 0.7, 2])
+def test_decode_of_encode_is_the_reconstruction(make, windows):
+    """encode then decode is what forward does, for less, just as much, and more than a window."""
+    sat = make()
+    x = noise(2, 1, round(windows * sat.config.samples))
+    y, tokens, _ = sat(x)
+    encoded = sat.encode(x)
+    assert all(torch.equal(a, b) and b.dtype == torch.int64 for a, b in zip(tokens, encoded))
+    torch.testing.assert_close(sat.decode(encoded, x.shape[-1]), y, rtol=0, atol=1e-5)
+    if windows == 1:
+        torch.testing.assert_close(sat.decode(encoded), y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("module, x", [(aar.Encoder, (4, 1, 24000)), (aar.Decoder, (4, 4, 75))])
+@torch.no_grad()
+def test_signal_keeps_its_size_through_a_new_codec(module, x):
+    """With its first weights neither half of the codec shrinks or blows up the signal more than tenfold."""
+    x = torch.randn(x)
+    assert 0.1 < module(paper_like().config)(x).std() / x.std() < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantizer
+# ---------------------------------------------------------------------------------------------------------------
+
+def naive_down(x, s):
+    """(T, D) -> (s, D): token i is the mean of frames floor(i T / s) .. ceil((i + 1) T / s)."""
+    T = len(x)
+    return np.stack([x[i * T // s:-(-(i + 1) * T // s)].mean(0) for i in range(s)])
+
+
+def naive_up(z, T):
+    """(s, D) -> (T, D): straight lines between tokens that stand in the middle of their share of the frames."""
+    s = len(z)
+    out = []
+    for t in range(T):
+        at = min(max((t + 0.5) * s / T - 0.5, 0), s - 1)
+        left = int(at)
+        right = min(left + 1, s - 1)
+        out.append(z[left] * (1 - (at - left)) + z[right] * (at - left))
+    return np.stack(out)
+
+
+def naive_phi(h, weight, bias):
+    """(T, D): half of h and half of its convolution with 9 taps."""
+    T, D = h.shape
+    y = np.tile(bias, (T, 1))
+    for t, tap in itertools.product(range(T), range(9)):
+        if 0 <= t + tap - 4 < T:
+            y[t] += weight[:, :, tap] @ h[t + tap - 4]
+    return 0.5 * h + 0.5 * y
+
+
+def naive_msrq(quantizer, f):
+    """Alg. 1 for one clip f (T, D) in float64: tokens, and the sum after each scale."""
+    f_hat, tokens, sums = np.zeros_like(f), [], []
+    for k, s in enumerate(quantizer.scales):
+        codes = quantizer.codebooks[k].codes.double().numpy()
+        r_k = [int(((codes - z) ** 2).sum(1).argmin()) for z in naive_down(f - f_hat, s)]
+        h = naive_up(codes[r_k], len(f))
+        if len(quantizer.phis):
+            phi = quantizer.phis[int(k / len(quantizer.scales) * len(quantizer.phis))]
+            h = naive_phi(h, phi.weight.detach().double().numpy(), phi.bias.detach().double().numpy())
+        f_hat = f_hat + h
+        tokens.append(r_k)
+        sums.append(f_hat)
+    return tokens, sums
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "linear"}, {"schedule": "log", "phis": 1}, {"phis": 5}, {"n_scales": 1},
+                                     {"schedule": "flat", "n_scales": 4, "phis": 0}], ids=str)
+@pytest.mark.parametrize("T", [40, 13])
+@torch.no_grad()
+def test_quantizer_equals_the_loop_of_the_paper(changes, T):
+    """Tokens and sums equal those of Alg. 1, written with loops in float64; flat and without phi: residual VQ."""
+    quantizer = small_sat(**changes).quantizer
+    f = torch.randn(3, 6, T)
+    out, tokens, _ = quantizer(f)
+    _, f_hats, _ = quantizer.quantize(f)
+    for b in range(len(f)):
+        want, sums = naive_msrq(quantizer, f[b].T.double().numpy())
+        assert [r_k[b].tolist() for r_k in tokens] == want
+        for n in range(1, len(sums) + 1):
+            want_n = torch.from_numpy(sums[n - 1]).T.float()
+            torch.testing.assert_close(f_hats[n - 1][b], want_n, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(quantizer.decode([r_k[b:b + 1] for r_k in tokens[:n]], T)[0], want_n, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[b], want_n, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_residual_vq_is_plain():
+    """With flat scales and no phi each level stores, frame by frame, the code nearest to what the former left over."""
+    quantizer = small_sat(schedule="flat", n_scales=4, phis=0).quantizer
+    f = torch.randn(2, 6, 40)
+    residual = f.mT.double()
+    for codebook, r_k in zip(quantizer.codebooks, quantizer.quantize(f)[0]):
+        want = torch.cdist(residual, codebook.codes.double()).argmin(-1)
+        assert torch.equal(r_k, want)
+        residual = residual - codebook.codes.double()[want]
+    torch.testing.assert_close(quantizer(f)[0].mT.double(), f.mT.double() - residual, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_scales", [1, 2, 5, 16])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_passes_the_quantizer_once(n_scales, training):
+    """Whatever is computed from the quantised latents, the encoder sees 1 times its gradient, not K times."""
+    quantizer = small_sat(n_scales=n_scales).quantizer.train(training)
+    f = torch.randn(2, 6, 40, requires_grad=True)
+    out = quantizer(f)[0]
+    weight = torch.randn(2, 6, 40)
+    here, = torch.autograd.grad((weight * out.sin() + out ** 3).sum(), f)
+    at = out.detach().requires_grad_()
+    there, = torch.autograd.grad((weight * at.sin() + at ** 3).sum(), at)
+    assert torch.equal(here, there) and not torch.equal(out.detach(), f.detach())
+
+
+def test_quantizer_loss():
+    """The mean over the scales of |f - f_hat_k|^2 twice: once it moves the encoder only, once the phis only."""
+    quantizer = small_sat().quantizer
+    f = torch.randn(2, 6, 40, requires_grad=True)
+    _, tokens, loss = quantizer(f)
+    f_hats = [quantizer.decode(tokens[:n]) for n in range(1, 6)]
+    to_f, to_phi = torch.autograd.grad(loss, [f, quantizer.phis[0].weight])
+    torch.testing.assert_close(loss, 2 * torch.stack([(f - f_hat).square().mean() for f_hat in f_hats]).mean())
+    torch.testing.assert_close(to_f, sum(2 * (f - f_hat) for f_hat in f_hats).detach() / f.numel() / 5)
+    want, = torch.autograd.grad(sum((f.detach() - f_hat).square().mean() for f_hat in f_hats) / 5, quantizer.phis[0].weight)
+    torch.testing.assert_close(to_phi, want)
+
+
+def test_codebook_follows_the_mean_of_its_vectors():
+    """The moving averages of use and sum, vector by vector; no code is dead here, and all move."""
+    book = Codebook(8, 3, decay=0.9)
+    share, total = [1 / 8] * 8, [code / 8 for code in book.codes.double()]
+    for _ in range(5):
+        z = torch.randn(24, 3)
+        r = torch.cat([torch.arange(8), torch.randint(8, (16,))])
+        book.update(z, r)
+        for v in range(8):
+            mine = [z_i.double() for z_i, r_i in zip(z, r) if r_i == v]
+            share[v] = 0.9 * share[v] + 0.1 * len(mine) / 24
+            total[v] = 0.9 * total[v] + 0.1 * sum(mine) / 24
+        want = torch.stack([a / b for a, b in zip(total, share)]).float()
+        torch.testing.assert_close(book.codes, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dead_code_comes_alive_and_stays():
+    """A code that is not chosen any more is reborn on a vector of the batch and is still there after the next update."""
+    book = Codebook(16, 3, decay=0.5)
+    born = None
+    for step in range(6):
+        z = torch.randn(32, 3) + 10
+        before = book.codes.clone()
+        book.update(z, torch.arange(32) % 15)                         # never the last code
+        if born is not None:
+            torch.testing.assert_close(book.codes[15], born)
+            break
+        if not torch.allclose(book.codes[15], before[15], rtol=1e-4):
+            born = book.codes[15].clone()
+            assert (z - born).abs().amax(1).min() < 1e-5
+            assert torch.equal(book.nearest(born), torch.tensor(15))
+    else:
+        pytest.fail("never reborn" if born is None else "reborn only at the end")
+
+
+@pytest.mark.parametrize("V, M", [(16, 4), (64, 1), (4, 64)])
+def test_dead_means_rare_compared_with_uniform_use(V, M):
+    """Codes that take turns live on, however small the batch; one that is chosen 50 times more rarely is reborn."""
+    book = Codebook(V, 3, decay=1 - 1 / (10 * V))
+    start, turn = book.codes.clone(), itertools.cycle(range(V))
+    for _ in range(10 * V):
+        r = torch.tensor([next(turn) for _ in range(M)])
+        book.update(start[r], r)
+    torch.testing.assert_close(book.codes, start, rtol=1e-3, atol=1e-3)
+    lucky = itertools.cycle([0] + 50 * list(range(1, V)))
+    moved = False
+    for _ in range(40 * V):
+        r = torch.tensor([next(lucky) for _ in range(M)])
+        book.update(start[r], r)
+        moved = moved or (book.codes[0] - start[0]).norm() > 0.5
+        torch.testing.assert_close(book.codes[1:], start[1:], rtol=1e-3, atol=1e-3)
+    assert moved
+
+
+def test_kmeans_puts_the_codes_on_the_data():
+    """Started on 16 far clusters, 64 codes quantise them much better than random codes, and as well as sitting in each."""
+    book = Codebook(64, 3)
+    centres = 10 * torch.randn(16, 3)
+    z = centres[torch.arange(1024) % 16] + 0.1 * torch.randn(1024, 3)
+
+    def error():
+        return (z - book(book.nearest(z))).square().sum(1).mean()
+    random = error()
+    book.kmeans(z)
+    assert error() < 0.01 * random and error() < 2 * 3 * 0.1 ** 2
+    assert torch.cdist(book.codes, centres).amin(1).max() < 1
+
+
+def test_start_of_the_quantizer_fits_every_scale():
+    """After the k-means start each further scale leaves less of the latents over, and in all far less than random codes."""
+    quantizer = small_sat().quantizer
+    nn.init.dirac_(quantizer.phis[0].weight), nn.init.dirac_(quantizer.phis[1].weight), nn.init.dirac_(quantizer.phis[2].weight)
+    for phi in quantizer.phis:
+        nn.init.zeros_(phi.bias)
+    f = torch.cumsum(torch.randn(32, 6, 40), -1)
+
+    def errors():
+        return [(f - f_hat).square().mean().item() for f_hat in quantizer.quantize(f)[1]]
+    random = errors()
+    quantizer.start(f)
+    assert errors() == sorted(errors(), reverse=True) and errors()[-1] < 0.3 * random[-1]
+
+
+def test_only_training_moves_the_codebooks():
+    """Quantising in eval mode leaves every weight as it was; in training mode all codebooks learn."""
+    quantizer = small_sat().quantizer
+    before, f = [b.codes.clone() for b in quantizer.codebooks], torch.randn(4, 6, 40)
+    quantizer(f)
+    assert all(torch.equal(a, b.codes) for a, b in zip(before, quantizer.codebooks))
+    quantizer.train()(f)
+    assert not any(torch.equal(a, b.codes) for a, b in zip(before, quantizer.codebooks))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses of stage 1
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("window, n_mels", [(1024, 80), (1024, 64), (2048, 80)])
+def test_a_full_scale_sine_is_0_dB(window, n_mels):
+    """At a frequency of a bin the bin reads 1; its band reads the triangle's sum over a Hann window's 1/2, 1, 1/2."""
+    mel, rate = Mel(24000, window, n_mels), 24000
+    for j in (20, 43, 100, 200, window // 4):
+        x = torch.from_numpy(sine(j * rate / window, rate, amplitude=1.0)).float()[None, None]
+        want = (mel.filters[:, j] + 0.5 * mel.filters[:, j - 1] + 0.5 * mel.filters[:, j + 1]).max()
+        middle = mel(x)[0][:, 10:30]                                  # frames without the silence around the sound
+        torch.testing.assert_close(middle.amax(0), want.expand(20), rtol=1e-2, atol=1e-3)
+        assert -6.1 < mel.dB(x)[0][:, 10:30].max() < 6.1
+        bins = copy.deepcopy(mel)
+        bins.filters = torch.eye(window // 2 + 1)
+        loudest = bins.dB(x)[0][:, 10:30]
+        assert (loudest.argmax(0) == j).all() and loudest.amax(0).abs().max() < 0.1
+
+
+def test_silence_is_80_dB_below():
+    """Silence reads -80 dB everywhere."""
+    assert (Mel(24000, 1024, 80).dB(torch.zeros(1, 1, 9000)) == -80).all()
+
+
+def test_log_mel_distance():
+    """Equal sounds are 0 dB apart, one at half the amplitude 6.02 dB; each clip of a batch for itself."""
+    mel, x = Mel(24000, 1024, 80), noise(2, 1, 24000)
+    y = torch.cat([x[:1], x[1:] / 2])
+    torch.testing.assert_close(aar.log_mel_distance(mel, x, y), torch.tensor([0.0, 20 * math.log10(2)]), rtol=0, atol=1e-2)
+
+
+def test_mel_loss_is_smallest_for_the_same_sound():
+    """Zero for equal sounds, more for a sound that differs more, finite with a finite gradient in silence."""
+    loss, x = MelLoss(24000), noise(1, 1, 24000)
+    assert loss(x, x) == 0 < loss(x, x + 0.01 * noise(1, 1, 24000, seed=2)) < loss(x, 0.3 * x) < loss(x, 0 * x)
+    silent = torch.zeros(1, 1, 24000, requires_grad=True)
+    gradient, = torch.autograd.grad(loss(x, silent * 1.0), silent)
+    assert gradient.isfinite().all()
+
+
+def test_discriminator_losses():
+    """The hinge losses of equal logits, by hand; equal feature maps are 0 apart, and real sound gets no gradient."""
+    real = [[torch.randn(2, 3, requires_grad=True), torch.tensor([0.5, 2.0])], [torch.randn(1, 4), torch.tensor([-3.0])]]
+    fake = [[real[0][0].detach().clone().requires_grad_(), torch.tensor([-2.0, 0.5])], [real[1][0], torch.tensor([3.0])]]
+    # hinge: relu(1 - real) + relu(1 + fake), mean over logits, mean over discriminators
+    torch.testing.assert_close(aar.discriminator_loss(real, fake), torch.tensor(((0.5 + 0) / 2 + (0 + 1.5) / 2 + 4 + 4) / 2))
+    torch.testing.assert_close(aar.adversarial_loss(fake), torch.tensor(((3 + 0.5) / 2 + 0) / 2))
+    assert aar.feature_loss(real, fake) == 0
+    doubled = [[2 * fake[0][0], *fake[0][1:]], [2 * fake[1][0], *fake[1][1:]]]
+    torch.testing.assert_close(aar.feature_loss(real, doubled), torch.tensor(1.0))
+    aar.feature_loss(real, doubled).backward()
+    assert real[0][0].grad is None and fake[0][0].grad is not None
+
+
+@pytest.mark.parametrize("samples", [1, 63, 2047, 24000])
+def test_discriminators_judge_any_length(samples):
+    """Ten lists of finite feature maps come out, whatever the length; some logit depends on the sound."""
+    if samples < 2048:
+        samples += 1024                                               # half of the longest window, which the edge mirrors
+    judge = Discriminators(2)
+    a, b = judge(noise(1, 1, samples)), judge(noise(1, 1, samples, seed=2))
+    assert len(a) == 10 and all(m.isfinite().all() for maps in a for m in maps)
+    assert all(not torch.equal(x[-1], y[-1]) for x, y in zip(a, b))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transformer
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=[False, True], ids=["next-scale", "next-token"])
+def pair(request):
+    """A small tokenizer and a generator for it, each way of generating in turn."""
+    sat = small_sat(seconds=0.06, n_scales=4)                         # 12 frames: scales 1 3 6 12
+    return sat, small_aar(sat, next_token=request.param)
+
+
+def blocks_of(model):
+    """For each place the number of its block: its scale, or in the next-token baseline itself."""
+    scales = model.config.scales
+    return torch.tensor([i if model.config.next_token else k for i, k in
+                         enumerate(k for k, s in enumerate(scales) for _ in range(s))])
+
+
+def generate_and_spy(sat, model, cond, **settings):
+    """Generate; returns the tokens, what AAR.input read, what AAR.head wrote, and the logits that were drawn from."""
+    read, wrote, drawn, draw = [], [], [], aar.sample
+    hooks = [model.input.register_forward_hook(lambda _, args, out: read.append(args[0].clone())),
+             model.head.register_forward_hook(lambda _, args, out: wrote.append(out.clone()))]
+    aar.sample = lambda logits, *args: (drawn.append(logits.clone()), draw(logits, *args))[1]
+    try:
+        tokens = model.generate(cond, sat, **settings)
+    finally:
+        aar.sample = draw
+        for hook in hooks:
+            hook.remove()
+    return tokens, *(torch.cat(x, 1) for x in (read, wrote, drawn))
+
+
+def test_teacher_inputs_are_pictures_of_what_is_known(pair):
+    """For scale k: the mean of the coarser scales' sum over each share of the frames; next-token: the former code."""
+    sat, model = pair
+    r, B = random_tokens(sat), 2
+    got = sat.teacher_inputs(r, model.config.next_token)
+    for b in range(B):
+        if model.config.next_token:
+            want = torch.stack([book.codes[t] for book, r_k in zip(sat.quantizer.codebooks, r) for t in r_k[b]])[:-1]
+        else:
+            want = torch.cat([torch.from_numpy(naive_down(sat.quantizer.decode([r_k[b:b + 1] for r_k in r[:k]])[0].T.double().detach().numpy(), s))
+                              for k, s in enumerate(sat.config.scales) if k]).float()
+        torch.testing.assert_close(got[b], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [0, 3.0])
+def test_training_reads_what_generation_reads(pair, cfg):
+    """teacher_inputs of the generated tokens are what the transformer read while it generated them."""
+    sat, model = pair
+    tokens, read, _, _ = generate_and_spy(sat, model, torch.randn(2, 5), cfg=cfg)
+    want = sat.teacher_inputs(tokens, model.config.next_token)
+    for half in read.split(2):                                        # with guidance: conditional, unconditional
+        torch.testing.assert_close(half, want, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_token_changes_only_what_comes_later(pair):
+    """Another token of a block changes no logit of this block and of earlier ones, and some logit of every later one."""
+    sat, model = pair
+    cond, r, scales, block = torch.randn(1, 5), torch.cat(random_tokens(sat, 1), 1), sat.config.scales, blocks_of(model)
+
+    def logits(r):
+        return model(cond, sat.teacher_inputs(r.split(scales, 1), model.config.next_token))[0]
+    before = logits(r)
+    for i in range(r.shape[1]):
+        other = r.clone()
+        other[0, i] = (other[0, i] + 1) % sat.config.V
+        change = (logits(other) - before).abs().amax(1)
+        assert change[block <= block[i]].max() < 1e-5
+        assert all(change[block == later].max() > 1e-4 for later in range(block[i] + 1, block[-1] + 1))
+
+
+@torch.no_grad()
+def test_a_place_sees_its_whole_block_and_all_before(pair):
+    """What is read at a place reaches exactly the logits of its own block, all of it, and of all later blocks."""
+    sat, model = pair
+    cond, block = torch.randn(1, 5), blocks_of(model)
+    x = torch.randn(1, len(block) - model.first, 6)
+    before = model(cond, x)[0]
+    for i in range(x.shape[1]):
+        other = x.clone()
+        other[0, i] += 1
+        change = (model(cond, other)[0] - before).abs().amax(1)
+        sees = block >= block[model.first + i]
+        assert change[~sees].max() < 1e-5 and change[sees].min() > 1e-4
+
+
+@pytest.mark.parametrize("cfg", [0, 1.7])
+@torch.no_grad()
+def test_cached_generation_equals_the_masked_pass(pair, cfg):
+    """The logits while generating, with a cache, are those of the full forward pass on the same tokens, and guidance
+    is (1 + t_k) conditional - t_k unconditional, t_k growing evenly from 0 at the first scale to cfg at the last."""
+    sat, model = pair
+    cond, scales = torch.randn(3, 5), sat.config.scales
+    tokens, _, wrote, drawn = generate_and_spy(sat, model, cond, cfg=cfg)
+    x = sat.teacher_inputs(tokens, model.config.next_token)
+    conditional, free = model(cond, x), model(model.null.expand(3, -1), x)
+    torch.testing.assert_close(wrote[:3], conditional, rtol=1e-4, atol=1e-4)
+    t = torch.tensor([cfg * k / (len(scales) - 1) for k, s in enumerate(scales) for _ in range(s)])[:, None]
+    torch.testing.assert_close(drawn, conditional + t * (conditional - free), rtol=1e-4, atol=1e-4)
+    assert (conditional - free).abs().max() > 0.1
+
+
+def test_likeliest_codes(pair):
+    """top_k=1 takes at each place the likeliest code, given those before; a vanishing guidance is none."""
+    sat, model = pair
+    cond = torch.randn(2, 5)
+    tokens = model.generate(cond, sat, cfg=0, top_k=1)
+    want = model(cond, sat.teacher_inputs(tokens, model.config.next_token)).argmax(-1)
+    assert torch.equal(torch.cat(tokens, 1), want)
+    assert torch.equal(torch.cat(model.generate(cond, sat, cfg=1e-9, top_k=1), 1), want)
+    assert [r_k.shape for r_k in tokens] == [(2, s) for s in sat.config.scales]
+
+
+def test_seed_makes_the_sound(pair):
+    """The same seed gives the same tokens and sound, another seed others."""
+    sat, model = pair
+    cond = torch.randn(2, 5)
+    a, b, c = (torch.cat(model.generate(cond, sat, generator=torch.Generator().manual_seed(seed)), 1) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a[0], a[1])
+
+
+@pytest.mark.parametrize("n_scales", [1, 2])
+def test_few_scales(n_scales):
+    """One scale is enough: everything comes from the start token."""
+    sat = small_sat(seconds=0.06, n_scales=n_scales)
+    model = small_aar(sat)
+    tokens = model.generate(torch.randn(2, 5), sat)
+    assert model(torch.randn(2, 5), sat.teacher_inputs(tokens)).shape == (2, sum(sat.config.scales), 16)
+    assert sat.decode(tokens).shape == (2, 1, 480)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (3, 1.0), (8, 1.0), (100, 1.0), (0, 0.5), (0, 0.9), (0, 1e-9),
+                                          (4, 0.7)])
+def test_sample_draws_from_the_likeliest(top_k, top_p):
+    """Draws follow the probabilities of the top_k likeliest codes, cut where they hold top_p, in both rows."""
+    logits = torch.randn(1, 2, 8) * 1.5
+    draws = aar.sample(logits.expand(20000, -1, -1), top_k, top_p, torch.Generator().manual_seed(0))
+    for row in range(2):
+        e = [math.exp(x) for x in logits[0, row].tolist()]
+        order = sorted(range(8), key=lambda v: -e[v])[:top_k or 8]
+        kept, total = [], sum(e[v] for v in order)
+        for v in order:                                               # until those before hold top_p
+            if kept and sum(e[u] for u in kept) / total >= top_p:
+                break
+            kept.append(v)
+        want = [e[v] / sum(e[u] for u in kept) if v in kept else 0 for v in range(8)]
+        got = torch.bincount(draws[:, row], minlength=8) / 20000
+        assert all((g == 0) == (w == 0) and abs(g - w) < 0.015 for g, w in zip(got.tolist(), want))
+
+
+def test_hidden_condition_does_not_matter():
+    """In training with cond_drop=1 the condition is never seen, with 0 always; in eval mode it is, whatever cond_drop."""
+    sat = small_sat()
+    x = sat.teacher_inputs(random_tokens(sat))
+    a, b = torch.randn(2, 2, 5)
+    for drop, training in itertools.product((0.0, 1.0), (False, True)):
+        torch.manual_seed(0)
+        model = small_aar(sat, cond_drop=drop).train(training)
+        hidden = bool(drop and training)
+        assert torch.equal(model(a, x), model(b, x)) == hidden
+        assert torch.equal(model(a, x), model(model.null.expand(2, -1), x)) == hidden
+
+
+def test_conditions_are_dropped_clip_by_clip():
+    """With cond_drop=0.3 three of ten clips of a batch lose their condition, and the null condition learns from them."""
+    sat = small_sat(n_scales=1, seconds=0.02)
+    model = small_aar(sat, cond_drop=0.3).train()
+    cond = torch.randn(1, 5).expand(2000, -1)
+    logits = model(cond, sat.teacher_inputs(random_tokens(sat, 2000)))
+    logits.sum().backward()
+    hidden = (logits - model.eval()(cond[:1], sat.teacher_inputs(random_tokens(sat, 1)))).abs().amax((1, 2)) > 1e-3
+    assert 0.25 < hidden.float().mean() < 0.35
+    assert model.null.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+def small_plan(**changes):
+    return TrainConfig(**{"steps": 4, "batch": 2, "lr": 1e-3, "quantize_at": 0.25, "adversarial_at": 0.5} | changes)
+
+
+def options(out, *more):
+    """The command line options that both training loops read."""
+    return train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
+
+
+def test_learning_rate():
+    """Grows evenly to its peak during the warm-up, then falls, never rising, to about 1% at the end."""
+    plan = TrainConfig(steps=1000, batch=1, lr=2.0, warm_up=0.1)
+    rates = [aar.learning_rate(step, plan) for step in range(1000)]
+    assert rates[:100] == pytest.approx([2.0 * (i + 1) / 100 for i in range(100)])
+    assert max(rates) == pytest.approx(2.0) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[550] == pytest.approx(1.01, rel=1e-2) and rates[-1] == pytest.approx(0.02, rel=1e-2)
+
+
+def test_each_player_learns_from_its_own_loss(tmp_path, monkeypatch):
+    """The step of stage 1 gives generator and discriminators the gradients of separate, naive passes, each of its own."""
+    made, first, gradients, clip = {}, {}, [], nn.utils.clip_grad_norm_
+
+    def keep(name, make):
+        def wrapped(*args):
+            made[name] = make(*args)
+            return made[name]
+        return wrapped
+
+    def wait(log, loader):
+        wav, names = next(loader)
+        first.setdefault("state", (wav, *map(copy.deepcopy, (made["sat"], made["judges"]))))
+        return wav, names
+
+    def spy(parameters, norm):
+        parameters = list(parameters)
+        gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
+        return clip(parameters, norm)
+    monkeypatch.setattr(train_sat, "SAT", keep("sat", SAT))
+    monkeypatch.setattr(train_sat, "Discriminators", keep("judges", Discriminators))
+    monkeypatch.setattr(aar.Log, "wait", wait)
+    monkeypatch.setattr(aar, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    train_sat.train(options(tmp_path / "sat.pt"), small_sat().config,      # a plain autoencoder at first: no random codes
+                    small_plan(steps=1, quantize_at=1, adversarial_at=0), CPU)
+
+    wav, sat, judges = first["state"]
+    y = sat.decoder(sat.latents(wav))
+    fake = judges(y)
+    weights = train_sat.WEIGHTS
+    loss = (weights["time"] * (wav - y).abs().mean() + weights["mel"] * MelLoss(8000)(wav, y)
+            + weights["adversarial"] * aar.adversarial_loss(fake) + weights["feature"] * aar.feature_loss(judges(wav), fake))
+    own = [p for part in (sat.encoder, sat.decoder) for p in part.parameters()]
+    seen = dict(zip((name for name, _ in sat.named_parameters()), gradients[0]))
+    names = [name for name, _ in sat.named_parameters() if not name.startswith("quantizer")]
+    for name, want in zip(names, torch.autograd.grad(loss, own)):
+        torch.testing.assert_close(seen[name], want, rtol=1e-3, atol=1e-5)
+    d_loss = aar.discriminator_loss(judges(wav), judges(y.detach()))
+    for got, want in zip(gradients[1], torch.autograd.grad(d_loss, list(judges.parameters())), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_stage_1_overfits_one_batch():
+    """A small tokenizer learns four sounds by heart, through its quantizer: the mel loss falls below a third."""
+    sat, loss = small_sat(width=8, V=64).train(), MelLoss(8000)
+    x = torch.stack([ToySounds(8000, 1600)[i][0] for i in (3, 5, 6, 8)])
+    with torch.no_grad():
+        sat.quantizer.start(sat.latents(x))
+    optimizer, losses = torch.optim.AdamW(sat.parameters(), 4e-3, betas=(0.8, 0.99)), []
+    for _ in range(150):
+        y, _, vq = sat(x)
+        losses.append(loss(x, y).item())
+        optimizer.zero_grad()
+        (loss(x, y) + vq).backward()
+        nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
+        optimizer.step()
+    assert loss(x, sat.eval()(x)[0]) < losses[0] / 3
+
+
+@pytest.mark.parametrize("next_token", [False, True])
+def test_stage_2_overfits_one_batch(next_token):
+    """A small generator learns random tokens by heart, and then says them when it hears their condition."""
+    sat = small_sat(seconds=0.06, n_scales=4)
+    model = AAR(AARConfig(scales=sat.config.scales, latent=6, V=16, depth=2, cond_dim=5, cond_drop=0.1, next_token=next_token))
+    r, cond = random_tokens(sat, 4), F.normalize(torch.randn(4, 5), dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(120):
+        loss = train_aar.losses(model, sat, torch.cat(r, 1), cond).mean()
+        if step == 0:
+            assert abs(loss - math.log(16)) < 0.3                     # guessing
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    assert train_aar.losses(model, sat, torch.cat(r, 1), cond).mean() < 0.1
+    said = model.generate(cond, sat, cfg=0, top_k=1)
+    assert torch.equal(torch.cat(said, 1), torch.cat(r, 1))
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "discriminators", "generator", "next-token", "mel"])
+def test_runs_on_the_meta_device(what, monkeypatch):
+    """No module makes tensors on a device of its own: a training and a generation step run where there is no memory."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())      # unknown on this device
+    meta, x = torch.device("meta"), torch.zeros(2, 1, 1600, device="meta")
+    sat = small_sat().to(meta)
+    if what == "mel":
+        assert MelEmbedder(8000).to(meta)(x).device == meta
+        return
+    if what == "tokenizer":
+        module = sat.train()
+        y, _, vq = sat(x)
+        loss = MelLoss(8000).to(meta)(x, y) + vq
+        sat.quantizer.start(sat.latents(x))
+        assert sat.decode(sat.encode(x)).device == meta
+    elif what == "discriminators":
+        module = Discriminators(2).to(meta)
+        real, fake = module(x), module(0.5 * x)
+        loss = aar.discriminator_loss(real, fake) + aar.adversarial_loss(fake) + aar.feature_loss(real, fake)
+    else:
+        module = small_aar(sat, next_token=what == "next-token").to(meta).train()
+        cond, r = torch.zeros(2, 5, device=meta), torch.zeros(2, sum(sat.config.scales), dtype=torch.int64, device=meta)
+        loss = train_aar.losses(module, sat, r, cond).mean()
+        assert all(r_k.device == meta for r_k in module.generate(cond, sat, cfg=1.0, top_k=4, top_p=0.9))
+    loss.backward()
+    torch.optim.AdamW(module.parameters()).step()
+    assert loss.device == meta
+
+
+def interrupt(monkeypatch, owner, name, n):
+    """At the n-th call of owner.name this process is sent an interrupt, as Ctrl-C does."""
+    left, call = itertools.count(1), getattr(owner, name)
+
+    def wrapped(*args, **more):
+        if next(left) == n:
+            signal.raise_signal(signal.SIGINT)
+        return call(*args, **more)
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize("owner, name", [(aar, "learning_rate"), (aar.Log, "add")], ids=["before", "after"])
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_resumed_equals_uninterrupted(stage, owner, name, tmp_path, monkeypatch, wav_folder):
+    """Stopped by Ctrl-C in the third step, before or after its work, and resumed: the same to the bit as in one go."""
+    sat = small_sat(decay=0.2)                                        # codes die soon, so that chance plays a part
+
+    def go(out, *more):
+        args = options(tmp_path / out, "--data", wav_folder, *more)
+        if stage == "sat":
+            return train_sat.train(args, sat.config, small_plan(), CPU)
+        args.embedder = "mel"
+        config = AARConfig(scales=sat.config.scales, latent=6, V=16, depth=2, cond_drop=0.5)
+        train_aar.train(args, sat, MelEmbedder(8000), config, small_plan(batch=8), CPU)
+    go("one-go.pt")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--resume"):
+        calls_per_step = 2 if stage == "sat" and name == "learning_rate" else 1         # one for each optimizer
+        interrupt(patch, owner, name, 2 * calls_per_step + 1)
+        go("stopped.pt")
+    assert aar.load_checkpoint(tmp_path / "stopped.pt", stage)["step"] in (2, 3)
+    if name == "learning_rate":                                       # tokens that were kept may get lost
+        for path in tmp_path.glob("stopped.*.pt"):
+            path.unlink()
+    go("stopped.pt", "--resume")
+    one, other = (aar.load_checkpoint(tmp_path / name, stage) for name in ("one-go.pt", "stopped.pt"))
+    assert one["step"] == other["step"] == 4
+    differ = [path for (path, a), (_, b) in zip(leaves(one["parts"]), leaves(other["parts"]), strict=True)
+              if not (torch.equal(a, b) if torch.is_tensor(a) else a == b)]
+    assert not differ
+
+
+def leaves(tree, path=""):
+    """All (path, leaf) of nested dictionaries and lists."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = sorted(tree.items(), key=str) if isinstance(tree, dict) else enumerate(tree)
+        return [leaf for k, v in items for leaf in leaves(v, f"{path}.{k}")]
+    return [(path, tree)]
+
+
+@pytest.fixture(scope="module")
+def wav_folder(tmp_path_factory):
+    """Eight short sounds and one broken file."""
+    folder = tmp_path_factory.mktemp("wavs")
+    for i, hz in enumerate((150, 220, 330, 480, 700, 1000, 1500, 2200)):
+        soundfile.write(folder / f"{hz}.wav", sine(hz, 16000, 1.2) + 0.01 * np.random.default_rng(i).standard_normal(19200), 16000)
+    (folder / "broken.wav").write_text("no sound")
+    return folder
+
+
+def test_stops_at_a_loss_that_is_not_finite(tmp_path, wav_folder):
+    """A learning rate beyond reason ends in one sentence about the loss that broke, not in a checkpoint of NaN."""
+    with pytest.raises(UserError, match="loss part"):
+        train_sat.train(options(tmp_path / "sat.pt", "--data", wav_folder), small_sat().config,
+                        small_plan(steps=30, lr=1e30, warm_up=0), CPU)
+
+
+def test_no_discriminators(tmp_path, wav_folder):
+    """disc_width=0 trains without discriminators."""
+    train_sat.train(options(tmp_path / "sat.pt", "--data", wav_folder), small_sat(disc_width=0).config, small_plan(), CPU)
+    assert aar.load_sat(tmp_path / "sat.pt").config.disc_width == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sound files
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suffix, subtype, channels, rate", [
+    ("wav", "PCM_U8", 1, 22050), ("wav", "PCM_16", 2, 44100), ("wav", "PCM_24", 8, 48000), ("wav", "PCM_32", 1, 5000),
+    ("wav", "FLOAT", 3, 192000), ("wav", "DOUBLE", 1, 24000), ("wav", "ULAW", 1, 8000), ("wav", "PCM_16", 1, 11025),
+    ("flac", "PCM_16", 2, 32000), ("flac", "PCM_24", 1, 96000), ("ogg", "VORBIS", 1, 44100), ("ogg", "OPUS", 2, 48000),
+    ("mp3", "MPEG_LAYER_III", 2, 44100), ("mp3", "MPEG_LAYER_III", 1, 16000), ("aiff", "PCM_16", 1, 12000)])
+def test_load_audio_reads_every_format(tmp_path, suffix, subtype, channels, rate):
+    """A sine keeps its pitch, level and length, whatever the format, the rate and the number of channels."""
+    path = tmp_path / f"x.{suffix}"
+    soundfile.write(path, np.stack([sine(1000, rate)] * channels, 1), rate, subtype=subtype)
+    x = load_audio(path, 24000)
+    assert x.dtype == torch.float32 and x.shape[0] == 1 and abs(x.shape[1] - 24000) < 100
+    assert abs(pitch(x, 24000) - 1000) < 1
+    assert x[0, 6000:18000].square().mean().sqrt() == pytest.approx(0.5 / math.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [5000, 24000, 192000])
+@pytest.mark.parametrize("samples", [1, 2, 50, 240])
+def test_load_audio_of_next_to_nothing(tmp_path, rate, samples):
+    """A file of a few samples gives at least one sample, about as many as its length asks for, or the user's error."""
+    soundfile.write(tmp_path / "x.wav", sine(440, rate, 1)[1:samples + 1], rate)
+    try:
+        x = load_audio(tmp_path / "x.wav", 24000)
+    except UserError:
+        assert samples * 24000 / rate < 1
+        return
+    assert x.shape[1] >= 1 and abs(x.shape[1] - samples * 24000 / rate) <= 1 and x.isfinite().all()
+
+
+def test_load_audio_of_ten_milliseconds_of_zeros(tmp_path):
+    """Silence is silence."""
+    soundfile.write(tmp_path / "x.wav", np.zeros((441, 2)), 44100)
+    assert torch.equal(load_audio(tmp_path / "x.wav", 24000), torch.zeros(1, 240))
+
+
+def test_load_audio_scales_peaks_above_1(tmp_path):
+    """Float samples above 1 are scaled to 1, not clipped; others are left alone."""
+    x = sine(300, 24000)
+    for amplitude in (8.0, 2.0, 1.0):
+        soundfile.write(tmp_path / "x.wav", amplitude * x, 24000, subtype="FLOAT")
+        got = load_audio(tmp_path / "x.wav", 24000)[0]
+        torch.testing.assert_close(got, torch.from_numpy(amplitude * x / max(1, amplitude * 0.5)).float(), rtol=0, atol=1e-5)
+    soundfile.write(tmp_path / "x.wav", np.sign(x + 1e-9), 24000)       # the resampler overshoots
+    assert load_audio(tmp_path / "x.wav", 16000).abs().max() <= 1
+
+
+def test_load_audio_averages_the_channels(tmp_path):
+    """Two channels are averaged; where they cancel each other, as with one turned over, the sound is still heard."""
+    a, b = sine(500, 24000), sine(900, 24000)
+    soundfile.write(tmp_path / "x.wav", np.stack([a, b], 1), 24000, subtype="FLOAT")
+    torch.testing.assert_close(load_audio(tmp_path / "x.wav", 24000)[0], torch.from_numpy((a + b) / 2).float())
+    soundfile.write(tmp_path / "x.wav", np.stack([a, -a], 1), 24000, subtype="FLOAT")
+    torch.testing.assert_close(load_audio(tmp_path / "x.wav", 24000)[0].abs(), torch.from_numpy(a).float().abs())
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("rate", [24000, 44100])
+def test_load_audio_reads_a_part(tmp_path, suffix, rate):
+    """`seconds` from `start` are those samples of the whole; at the end there are fewer; none are the user's error."""
+    t = np.arange(rate) / rate
+    soundfile.write(tmp_path / f"x.{suffix}", 0.5 * np.sin(2 * np.pi * (200 * t + 800 * t * t)), rate)
+    whole = load_audio(tmp_path / f"x.{suffix}", 24000)[0]
+    for start, seconds in ((0.0, 0.3), (0.25, 0.5), (0.9, 0.5)):
+        part = load_audio(tmp_path / f"x.{suffix}", 24000, start, seconds)[0]
+        want = whole[round(24000 * start):round(24000 * (start + seconds))]
+        assert abs(len(part) - len(want)) <= 1
+        inner = slice(100, min(len(part), len(want)) - 100)           # the resampler needs a run-up
+        torch.testing.assert_close(part[inner], want[inner], rtol=0, atol=0.02)
+    with pytest.raises(UserError):
+        load_audio(tmp_path / f"x.{suffix}", 24000, 5.0, 1.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"<html>404</html>", b"RIFF\xff\xff\xff\xffWAVEfmt ", bytes(5000),
+                                     np.random.default_rng(0).bytes(5000)], ids=lambda c: repr(c[:16]))
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "raw", "txt"])
+def test_load_audio_refuses_what_is_no_sound(tmp_path, content, suffix):
+    """A file that holds no sound is the user's error, whatever its name."""
+    (tmp_path / f"x.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match="x." + suffix):
+        load_audio(tmp_path / f"x.{suffix}", 24000)
+
+
+def test_load_audio_refuses_other_things(tmp_path):
+    """No file, a folder, a file without samples, and samples that are no numbers are the user's error."""
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 24000)
+    for name, value in (("nan.wav", np.nan), ("inf.wav", np.inf)):
+        soundfile.write(tmp_path / name, np.r_[np.zeros(99), value], 24000, subtype="FLOAT")
+    for name in ("absent.wav", "", "none.wav", "nan.wav", "inf.wav"):
+        with pytest.raises(UserError):
+            load_audio(tmp_path / name, 24000)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+@pytest.mark.parametrize("share", [0.0005, 0.3, 0.9, 0.9999])
+def test_load_audio_of_a_truncated_file(tmp_path, suffix, share):
+    """A file that breaks off gives its beginning, or it is the user's error."""
+    path, t = tmp_path / f"x.{suffix}", np.arange(48000) / 24000
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * (200 * t + 800 * t * t)), 24000)
+    whole, data = load_audio(path, 24000)[0], path.read_bytes()
+    path.write_bytes(data[:int(share * len(data))])
+    try:
+        x = load_audio(path, 24000)[0]
+    except UserError:
+        return
+    n = min(len(x), int(0.8 * share * len(whole)))
+    assert 0 < len(x) <= len(whole) + 2000
+    torch.testing.assert_close(x[:n], whole[:n], rtol=0, atol=0.02)
+
+
+def test_save_audio(tmp_path):
+    """What is saved is loaded, to 16 bits, clipped at 1."""
+    x = noise(1, 5000) * 5
+    aar.save_audio(tmp_path / "x.wav", x, 24000)
+    torch.testing.assert_close(load_audio(tmp_path / "x.wav", 24000), x.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", aar.TOYS)
+def test_toy_sounds(kind):
+    """Each kind is audible, finite, within -1 .. 1, of the length asked for; the same for the same place and seed only."""
+    i = aar.TOYS.index(kind)
+    data, other = ToySounds(24000, 24000), ToySounds(24000, 24000, seed=1)
+    held_back = ToySounds(24000, 24000, held_back=True)
+    wav, name = data[i]
+    assert name.startswith(kind) and wav.shape == (1, 24000) and wav.dtype == torch.float32
+    assert wav.isfinite().all() and 0.2 < wav.abs().max() <= 1
+    assert torch.equal(wav, ToySounds(24000, 24000)[i][0])
+    assert not any(torch.equal(wav, x[0]) for x in (data[i + 10], other[i], held_back[i]))
+
+
+def noise_folder(folder, names, rate=8000, seconds=0.5):
+    """Write a sound of noise for each name; returns {path: samples}."""
+    written = {}
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x = np.random.default_rng(i).uniform(-0.5, 0.5, round(seconds * rate)).astype(np.float32)
+        soundfile.write(path, x, rate, format="WAV", subtype="FLOAT")
+        written[str(path)] = x
+    return written
+
+
+def test_folder_items_are_windows_of_its_files(tmp_path):
+    """Item i is a piece of the file that it names, the same whenever it is asked for; every epoch visits each file once;
+    names with spaces, umlauts, capitals, in folders within folders and in a loop of links are found once."""
+    names = ["a b.wav", "ä ö ü.wav", "deep/er/c.WAV", "日本.wav", "'quote\".wav", "-n.wav", "%d{}.wav", "x.y.z.wav"]
+    written = noise_folder(tmp_path, names)
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "notes.txt").write_text("no sound, and no sound by its name")
+    data, again, other = (SoundFolder(tmp_path, 8000, 1600, seed) for seed in (0, 0, 1))
+    held = SoundFolder(tmp_path, 8000, 1600, held_back=True)
+    n = len(names) - len(held)
+    items = [data[i] for i in range(3 * n)]
+    for wav, name in items:
+        x, wav = written[name], wav[0].numpy()
+        places = np.flatnonzero(x == wav[0])
+        assert wav.shape == (1600, ) and any(np.array_equal(x[p:p + 1600], wav) for p in places)
+    epochs = [[name for _, name in items[e * n:(e + 1) * n]] for e in range(3)]
+    assert all(sorted(epoch) == sorted(set(written) - {held[0][1]}) for epoch in epochs) and epochs[0] != epochs[1]
+    assert all(torch.equal(wav, again[i][0]) and name == again[i][1] for i, (wav, name) in reversed(list(enumerate(items))))
+    assert any(not torch.equal(wav, other[i][0]) for i, (wav, _) in enumerate(items))
+    assert not torch.equal(items[0][0], next(data[i][0] for i in range(n, 2 * n) if data[i][1] == items[0][1]))
+
+
+def test_folder_holds_back_the_same_files_when_it_grows(tmp_path):
+    """About 5% are held back, never trained on; more files, or the folder in another place, move no file across."""
+    def split(folder):
+        return [{Path(p).relative_to(folder).as_posix() for p, _ in SoundFolder(folder, 8000, 80, held_back=h).files} for h in (True, False)]
+    noise_folder(tmp_path / "a", [f"{i}.wav" for i in range(0, 200, 2)], seconds=0.01)
+    held, train = split(tmp_path / "a")
+    assert not held & train and len(held | train) == 100 and 1 <= len(held) <= 15
+    noise_folder(tmp_path / "a", [f"{i}.wav" for i in range(1, 200, 2)], seconds=0.01)
+    more_held, more_train = split(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert split(tmp_path / "b") == [more_held, more_train]
+    assert held <= more_held and train <= more_train and len(more_held | more_train) == 200
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_folder_of_few_files(tmp_path, n):
+    """One file serves both purposes, of more none does; a short sound is filled up with silence."""
+    noise_folder(tmp_path, [f"{i}.wav" for i in range(n)], seconds=0.1)
+    data, held = (SoundFolder(tmp_path, 8000, 1600, held_back=h) for h in (False, True))
+    assert len(held) == 1 and (n == 1 or held[0][1] not in {data[i][1] for i in range(9)})
+    for i in range(5):
+        wav, name = data[i]
+        assert wav[0, 800:].abs().max() == 0 < wav[0, :800].abs().max()
+
+
+def test_folder_looks_for_sound_in_silence(tmp_path):
+    """Of a file that is 70% silent most windows are not silent."""
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", np.r_[np.zeros(70000), noise(30000).numpy()], 8000)
+    data = SoundFolder(tmp_path, 8000, 800)
+    assert sum(bool(data[i][0].abs().max() > 0) for i in range(60)) > 30
+
+
+def test_folder_skips_and_names_bad_files(tmp_path, capsys):
+    """Files that break when opened or only when read are skipped and named; the others are still all visited."""
+    good = noise_folder(tmp_path, [f"good-{i}-.wav" for i in range(12)])
+    (tmp_path / "text.wav").write_text("no sound")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
+    for i in range(3):
+        soundfile.write(tmp_path / f"nan{i}.wav", np.full(4000, np.nan), 8000, subtype="FLOAT")
+    data = SoundFolder(tmp_path, 8000, 1600)
+    assert {p.name for p, _ in data.bad} == {"text.wav", "empty.wav"} and "2 unreadable" in repr(data)
+    names = {data[i][1] for i in range(3 * len(data.files))}
+    assert names == {str(p) for p, _ in data.files} & set(good)
+    skipped = capsys.readouterr().err
+    for path, _ in data.files:
+        assert skipped.count(path.name) == (1 if path.name.startswith("nan") else 0)
+
+
+def test_folder_of_nothing_readable(tmp_path):
+    """No folder, no files, no sounds, mostly broken files, and files that all break when read are the user's error."""
+    for name in ("absent", "nothing", "other", "broken", "nan"):
+        folder = tmp_path / name
+        if name != "absent":
+            folder.mkdir()
+        if name == "other":
+            (folder / "x.txt").write_text("no sound")
+        if name == "broken":
+            noise_folder(folder, ["x.wav"])
+            for i in range(3):
+                (folder / f"{i}.wav").write_text("no sound")
+        if name == "nan":
+            soundfile.write(folder / "x.wav", np.full(4000, np.nan), 8000, subtype="FLOAT")
+        with pytest.raises(UserError):
+            SoundFolder(folder, 8000, 1600)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("evil"),)
+
+
+def save(path, kind, model, **extra):
+    """Write a checkpoint as training does."""
+    aar.save_checkpoint(path, kind, model.config, small_plan(), 1, [], {kind: model}, **extra)
+    return path
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """A loaded tokenizer and generator are frozen and do what the saved ones did."""
+    sat = small_sat(seconds=0.06)
+    model = small_aar(sat)
+    sat2 = aar.load_sat(save(tmp_path / "sat.pt", "sat", sat))
+    model2, embedder = aar.load_aar(save(tmp_path / "aar.pt", "aar", model, sat=aar.fingerprint(sat), embedder="mel"), sat2)
+    x, cond = noise(2, 1, 480), torch.randn(2, 5)
+    assert sat2.config == sat.config and model2.config == model.config and embedder == "mel"
+    assert torch.equal(sat(x)[0], sat2(x)[0])
+    a, b = (m.generate(cond, s, generator=torch.Generator().manual_seed(0)) for m, s in ((model, sat), (model2, sat2)))
+    assert torch.equal(torch.cat(a, 1), torch.cat(b, 1))
+    assert not any(p.requires_grad or m.training for m in (sat2, model2) for p in m.parameters())
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["aar.pt", "sat.pt"]
+
+
+def test_generator_of_another_tokenizer_is_refused(tmp_path):
+    """A generator knows the tokens of the one tokenizer that it was trained with; the least change of weights is another."""
+    sat = small_sat()
+    path = save(tmp_path / "aar.pt", "aar", small_aar(sat), sat=aar.fingerprint(sat), embedder="mel")
+    other = copy.deepcopy(sat)
+    other.quantizer.codebooks[2].codes[3, 1] += 1e-6
+    with pytest.raises(UserError, match="another tokenizer|--sat"):
+        aar.load_aar(path, other)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+    """Of the wrong stage, version or program, truncated, a folder, absent: the user's error; and no code in it runs."""
+    monkeypatch.chdir(tmp_path)
+    good = save(Path("good.pt"), "aar", small_aar(small_sat()), sat="", embedder="mel").read_bytes()
+    for n in (0, 10, 1000, len(good) // 2, len(good) - 10):
+        Path(f"truncated-{n}.pt").write_bytes(good[:n])
+    contents = {"list": [1, 2], "bare": {"weight": torch.ones(2)}, "other": {"kind": "sat"}, "tensor": torch.ones(2), "none": None,
+                "new": torch.load("good.pt", weights_only=True) | {"kind": "sat", "version": aar.VERSION + 1}, "evil": {"kind": Evil()}}
+    for name, content in contents.items():
+        torch.save(content, f"{name}.pt")
+    Path("evil.pickle").write_bytes(pickle.dumps({"kind": Evil()}, protocol=2))
+    Path("text.pt").write_text("<html>404</html>")
+    Path("folder").mkdir()
+    for path in sorted(Path().iterdir()) + [Path("absent.pt")]:
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            aar.load_sat(path)
+    assert not Path("evil").exists()
+
+
+def test_checkpoint_is_whole_at_any_moment(tmp_path, monkeypatch):
+    """If writing fails, the old checkpoint is still there, whole."""
+    path = save(tmp_path / "sat.pt", "sat", small_sat())
+    old = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save(path, "sat", small_sat())
+    assert path.read_bytes() == old
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conditioning
+# ---------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_mel_embedder():
+    """Unit length, each clip for itself; nearer for the same toy at another level than for any other kind of toy; silence too."""
+    embedder = MelEmbedder(24000)
+    x = torch.stack([ToySounds(24000, 24000)[i][0] for i in range(10)])
+    e, quiet = embedder(x), embedder(0.7 * x)
+    assert e.shape == (10, embedder.dim)
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(10))
+    torch.testing.assert_close(torch.cat([embedder(clip[None]) for clip in x]), e)
+    assert torch.equal(torch.cdist(quiet, e).argmin(1), torch.arange(10))
+    assert embedder(torch.zeros(1, 1, 24000)).isfinite().all()
+
+
+def fake_clap_checkpoint(path, size="tiny", text_width=64, prefix="module."):
+    """Write a checkpoint file in laion-clap's format with random weights; text_width 0: without the text half."""
+    def projection(width):
+        return nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512))
+
+    parts = {"audio_branch": aar.htsat(size), "audio_projection": projection({"tiny": 768, "base": 1024}[size])}
+    if text_width:
+        from transformers import RobertaConfig, RobertaModel
+        parts["text_branch"] = RobertaModel(RobertaConfig(
+            vocab_size=50265, hidden_size=text_width, num_hidden_layers=1, num_attention_heads=text_width // 64,
+            intermediate_size=4 * text_width, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1))
+        parts["text_projection"] = projection(text_width)
+    state = {f"{prefix}{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+    state[prefix + "logit_scale_a"] = torch.tensor(2.66)              # one of the tensors that CLAP leaves alone
+    if text_width:
+        state[prefix + "text_branch.embeddings.position_ids"] = torch.arange(514)[None]
+    torch.save({"epoch": 1, "name": "fake", "state_dict": state, "loss": np.float64(0.5), "step": np.int64(7)}, path)
+    return path
+
+
+def fake_tokenizer(folder, size=50265):
+    """Write vocab.json and merges.txt: RoBERTa's special tokens, letters, a space, "ra", and fillers; returns the vocabulary."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", *map(chr, range(33, 127)), "\u0120", "ra"]
+    words += [f"filler{i}" for i in range(size - len(words) - 1)] + ["<mask>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    Path(folder, "vocab.json").write_text(json.dumps(vocab))
+    Path(folder, "merges.txt").write_text("#version: 0.2\nr a\n")
+    return vocab
+
+
+@pytest.fixture(scope="module")
+def clap_file(tmp_path_factory):
+    torch.manual_seed(0)
+    return fake_clap_checkpoint(tmp_path_factory.mktemp("clap") / "clap.pt")
+
+
+@pytest.fixture(scope="module")
+def clap(clap_file):
+    return CLAP(clap_file, 48000)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach another machine is noted, and fails."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("no network in this test")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return attempts
+
+
+quiet_clap = pytest.mark.filterwarnings("ignore:torch.meshgrid")      # laion-clap's
+
+
+@quiet_clap
+def test_clap_is_frozen_of_unit_length_and_offline(clap_file, no_network):
+    """Building it draws no random number of ours, training a parent does not wake it, and nothing is asked of the network."""
+    seed = torch.get_rng_state()
+    clap = CLAP(clap_file, 48000)
+    assert torch.equal(seed, torch.get_rng_state())
+    e = nn.ModuleList([clap.train()]).eval()[0](noise(2, 1, 48000))
+    assert e.shape == (2, clap.dim) and e.dtype == torch.float32 and not e.requires_grad
+    torch.testing.assert_close(e.norm(dim=1), torch.ones(2))
+    assert not any(p.requires_grad for p in clap.parameters())
+    assert "laion_clap" not in sys.modules and not no_network
+
+
+@quiet_clap
+def test_clap_hears_ten_seconds(clap):
+    """A short sound is repeated whole and padded; of a long one the first 10 s count; each clip of a batch for itself."""
+    x, long = noise(1, 1, 201600), noise(1, 1, 576000)
+    by_hand = torch.cat([x, x, torch.zeros(1, 1, 480000 - 2 * x.shape[2])], dim=2)
+    torch.testing.assert_close(clap(x), clap(by_hand), rtol=0, atol=1e-6)
+    torch.testing.assert_close(clap(long), clap(long[..., :480000]), rtol=0, atol=1e-6)
+    both = torch.cat([by_hand, long[..., :480000]])
+    torch.testing.assert_close(clap(both), torch.cat([clap(by_hand), clap(long)]), atol=1e-5, rtol=0)
+    assert (clap(x) - clap(long)).norm() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):                       # half precision outside does not reach in
+        torch.testing.assert_close(clap(x), clap(by_hand), rtol=0, atol=1e-6)
+
+
+@quiet_clap
+def test_clap_hears_the_same_at_another_rate(clap_file, clap):
+    """The same sine written at two rates sounds alike, and unlike one of twice the pitch."""
+    def heard(model, hz):
+        return model(torch.from_numpy(sine(hz, model.sample_rate, 5)).float()[None, None])
+    here, there, octave = heard(clap, 440), heard(CLAP(clap_file, 24000), 440), heard(clap, 880)
+    assert (here - there).norm() < 0.2 * (here - octave).norm()
+
+
+@quiet_clap
+def test_clap_of_base_size_with_plain_names(tmp_path):
+    """HTSAT-base is told from HTSAT-tiny by its tensors; neither "state_dict" nor "module." nor a text half are needed."""
+    path = fake_clap_checkpoint(tmp_path / "base.pt", size="base", text_width=0, prefix="")
+    torch.save(torch.load(path, weights_only=False)["state_dict"], path)
+    clap = CLAP(path, 48000)
+    assert clap.audio_projection[0].in_features == 1024 and clap(noise(1, 1, 48000)).shape == (1, 512)
+    with pytest.raises(UserError, match="no text half"):
+        clap.text(["a dog"])
+
+
+def test_clap_text_equals_roberta_by_hand(clap_file, clap, no_network):
+    """Token by token with a naive tokenizer, unpadded; only the first 77 tokens count; different words, different vectors."""
+    vocab = fake_tokenizer(clap_file.parent)
+    prompts = ["rain on a train", "dog barks " * 20]
+    e = clap.text(prompts)
+    assert e.shape == (2, 512) and e.dtype == torch.float32 and not e.requires_grad and not no_network
+    for prompt, got in zip(prompts, e):
+        words = re.findall("ra|.", prompt.replace(" ", "\u0120"))[:75]
+        ids = torch.tensor([[0, *(vocab[word] for word in words), 2]])                       # <s> ... </s>
+        want = F.normalize(clap.text_projection(clap.text_branch(ids).pooler_output)[0], dim=0)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (e[0] - e[1]).norm() > 1e-3
+
+
+def test_clap_without_its_tokenizer(clap_file, no_network, tmp_path, monkeypatch):
+    """A tokenizer that is absent, broken, or of another size is the user's error, and can be mended without a new start."""
+    folder = clap_file.parent
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    clap = CLAP(clap_file, 48000)
+
+    def refused(match):
+        with pytest.raises(UserError, match=match + ".*vocab.json and merges.txt.*" + re.escape(str(folder))):
+            clap.text(["rain"])
+    fake_tokenizer(folder)
+    (folder / "merges.txt").unlink()
+    refused("has 0 of its 50265 tokens")
+    fake_tokenizer(folder, size=300)
+    refused("has 300 of its 50265 tokens")
+    (folder / "vocab.json").write_text("<html>404</html>")
+    refused("has 0 of its 50265 tokens")
+    fake_tokenizer(folder)
+    assert clap.text(["rain"]).shape == (1, 512) and not no_network
+
+
+def test_clap_numbers_of_either_numpy(tmp_path):
+    """numpy scalars in a checkpoint are read, whichever numpy wrote them, in torch's old format too."""
+    path = tmp_path / "old.pt"
+    torch.save({"state_dict": {"module.a": torch.ones(2)}, "loss": np.float64(1), "lr": np.float32(1), "step": np.int64(1)}, path,
+               _use_new_zipfile_serialization=False)
+    for core in (b"core", b"_core"):
+        data, found = re.subn(rb"numpy\._?core\.", b"numpy." + core + b".", path.read_bytes())
+        path.write_bytes(data)
+        assert found and list(aar.clap_tensors(path)) == ["a"]
+
+
+def test_what_is_no_clap_is_refused(tmp_path, clap_file, monkeypatch):
+    """Foreign, truncated, absent files and other tensors are the user's error, which tells where to get the right one."""
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(clap_file, weights_only=False)["state_dict"]
+    width = "module.audio_branch.patch_embed.proj.bias"
+    fusion = "module.audio_branch.patch_embed.fusion_model.local_att.0.weight"
+    contents = {"list": [1, 2], "none": {"state_dict": None}, "odd": {"state_dict": {1: 2, width: "x"}}, "evil": {"state_dict": Evil()},
+                "other": {"weight": torch.zeros(3)}, "wide": {width: torch.zeros(256)}, "bare": {width: torch.zeros(96)},
+                "less": {k: v for k, v in good.items() if "audio_projection" not in k}, "fusion": good | {fusion: torch.zeros(1)}}
+    for name, content in contents.items():
+        torch.save(content, f"{name}.pt")
+    Path("text.pt").write_text("<html>404</html>")
+    Path("empty.pt").touch()
+    Path("short.pt").write_bytes(clap_file.read_bytes()[:100_000])
+    Path("evil.pickle").write_bytes(pickle.dumps({"state_dict": Evil()}, protocol=2))
+    for path in sorted(Path().iterdir()) + [Path("absent.pt")]:
+        with pytest.raises(UserError, match="630k-audioset-best.pt"):
+            CLAP(path, 48000)
+    assert not Path("evil").exists()
+    with pytest.raises(UserError, match="630k-audioset-best.pt"):
+        aar.build_embedder("clap", 24000)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        CLAP(clap_file, 48000)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scripts
+# ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a script as a user does, in a process of its own, where there is neither network nor laion-clap."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "sitecustomize.py").write_text("""
+import socket, sys
+def refuse(*args, **kwargs): raise SystemExit("asked the network")
+connect, socket.getaddrinfo = socket.socket.connect, refuse
+socket.socket.connect = lambda self, *args: (connect if self.family == socket.AF_UNIX else refuse)(self, *args)
+sys.modules.update(laion_clap=None, transformers=None, torchvision=None)
+""")
+
+    def run(script, *args, code=0):
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, str(HERE / script), "--device", "cpu", *map(str, args)], env=environment, cwd=folder,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory, wav_folder):
+    """Options that name both checkpoints of a few steps of the tiny preset, in a folder with an awkward name."""
+    folder = tmp_path_factory.mktemp("trained") / "ä folder"
+    folder.mkdir()
+    common = ["--preset", "tiny", "--data", wav_folder, "--batch", 2]
+    done = run("train_sat.py", *common, "--steps", 4, "--out", folder / "sat.pt")
+    assert "455 tokens" in done.stdout and "8" in done.stdout
+    done = run("train_aar.py", *common, "--steps", 3, "--sat", folder / "sat.pt", "--out", folder / "aar.pt")
+    assert "next-scale" in done.stdout and f"{math.log(256):.3f}" in done.stdout
+    return ["--sat", str(folder / "sat.pt"), "--aar", str(folder / "aar.pt")]
+
+
+def waves(folder):
+    """{name: (samples, rate)} of the wave files in a folder, none of which may be silent or broken."""
+    found = {path.name: soundfile.read(path) for path in sorted(Path(folder).glob("*.wav"))}
+    assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x, _ in found.values())
+    return found
+
+
+def test_training_writes_what_one_can_hear(trained):
+    """Each stage leaves a checkpoint and a wave file of originals, each followed by what the model makes of it."""
+    folder = Path(trained[1]).parent
+    found = waves(folder)
+    assert set(found) == {"sat.wav", "aar.wav"} and aar.load_checkpoint(trained[1], "sat")["step"] == 4
+    for x, rate in found.values():
+        assert rate == 24000 and len(x) >= 48000                     # one held-back clip and its copy at least
+    assert not list(folder.glob("*.tmp"))
+    history = aar.load_checkpoint(trained[3], "aar")["history"]
+    assert [row["step"] for row in history] == [1, 2, 3] and len(history[-1]["per_scale"]) == 16
+    assert 4 < history[0]["loss"] < 7                                # about ln 256 = 5.5
+
+
+def test_sample_makes_variations_of_a_reference(run, trained, wav_folder, tmp_path):
+    """-n sounds of a second and the reference are written; the same seed writes the same, another seed other sounds."""
+    ref = wav_folder / "700.wav"
+    run("sample.py", *trained, "--ref", ref, "-n", 2, "--out", tmp_path / "a")
+    found = waves(tmp_path / "a")
+    assert len(found) == 3 and all(x.shape == (24000, ) and rate == 24000 for x, rate in found.values())
+    assert abs(pitch(found["700.reference.wav"][0], 24000) - 700) < 2
+    for seed, same in ((0, True), (1, False)):
+        sample.main([*trained, "--device", "cpu", "--ref", str(ref), "-n", "2", "--seed", str(seed), "--out", str(tmp_path / str(seed))])
+        again = waves(tmp_path / str(seed))
+        assert all(np.allclose(found[name][0], again[name][0], atol=1e-3) == (same or "reference" in name) for name in found)
+
+
+def test_sample_reconstructs_files_of_any_length(trained, tmp_path):
+    """The reconstruction is as long as its file, and another one for other --scales."""
+    lengths = {"a": 10, "b c": 24000, "d": 24001, "e": 61234}
+    for name, n in lengths.items():
+        soundfile.write(tmp_path / f"{name}.wav", sine(440, 24000, 3)[1:n + 1], 24000)
+    for scales in ("16", "3"):
+        sample.main([*trained, "--device", "cpu", "--out", str(tmp_path / scales), "--scales", scales, "--reconstruct",
+                     *(str(tmp_path / f"{name}.wav") for name in lengths)])
+        found = waves(tmp_path / scales)
+        assert {name: len(found[f"{name}.reconstruction-{scales}-of-16-scales.wav"][0]) for name in lengths} == lengths
+    assert not np.allclose(waves(tmp_path / "16")["e.reconstruction-16-of-16-scales.wav"][0], found["e.reconstruction-3-of-16-scales.wav"][0], atol=1e-3)
+
+
+def test_sample_overwrites_no_reconstruction(trained, tmp_path):
+    """Files of the same name in two folders, or of two formats, give a reconstruction each, or are the user's error."""
+    paths = [tmp_path / name for name in ("a/x.wav", "b/x.wav", "b/x.flac")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, sine(440, 24000, 0.1), 24000)
+    try:
+        sample.main([*trained, "--device", "cpu", "--out", str(tmp_path / "out"), "--reconstruct", *map(str, paths)])
+    except UserError:
+        return
+    assert len(waves(tmp_path / "out")) == 3
+
+
+@torch.no_grad()
+def test_reconstruction_has_no_seams():
+    """Windows are cross-faded: a tokenizer that does nothing gives back any sound as it was, everywhere."""
+    class Nothing:
+        config = small_sat().config
+
+        def encode(self, wav):
+            return [wav]
+
+        def decode(self, tokens):
+            return tokens[0]
+    for n in (1, 159, 160, 161, 1599, 1600, 1601, 3040, 3041, 10000):
+        x = noise(1, n)
+        torch.testing.assert_close(sample.reconstruct(Nothing(), x, 1), x)
+
+
+def test_the_toy_game(trained, tmp_path, capsys):
+    """Without a reference there is a new sound of each toy kind, and a count of those that are nearest to their own kind."""
+    sample.main([*trained, "--device", "cpu", "--out", str(tmp_path)])
+    assert len(waves(tmp_path)) == 2 * len(aar.TOYS)
+    assert re.search(r"(\d+) of 10 ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("extra", [["--rvq"], ["--schedule", "log"]], ids=" ".join)
+def test_both_stages_of_the_baselines(extra, wav_folder, tmp_path, capsys):
+    """Residual VQ and other schedules train, with a next-token generator; a checkpoint can be measured."""
+    common = ["--device", "cpu", "--preset", "tiny", "--data", str(wav_folder), "--batch", "1", "--steps", "1"]
+    sat_pt = str(tmp_path / "sat.pt")
+    train_sat.main([*common, "--out", sat_pt, *extra])
+    train_sat.main([*common, "--eval", sat_pt])
+    assert "si_sdr_dB" in capsys.readouterr().out
+    tokens = sum(aar.load_sat(sat_pt).config.scales)
+    assert tokens == 750 if extra == ["--rvq"] else 75 < tokens < 455
+    if extra != ["--rvq"]:
+        train_aar.main([*common, "--sat", sat_pt, "--out", str(tmp_path / "aar.pt"), "--next-token"])
+        assert f"{tokens} tokens, next-token" in capsys.readouterr().out
+
+
+def test_training_on_toy_sounds(tmp_path):
+    """Without --data the built-in sounds are used, by both stages."""
+    plan, sat = small_plan(steps=2), small_sat()
+    train_sat.train(options(tmp_path / "sat.pt"), sat.config, plan, CPU)
+    args = options(tmp_path / "aar.pt")
+    args.embedder = "mel"
+    sat = aar.load_sat(tmp_path / "sat.pt")
+    train_aar.train(args, sat, MelEmbedder(8000), AARConfig(scales=sat.config.scales, latent=6, V=16, depth=1), plan, CPU)
+    assert aar.load_aar(tmp_path / "aar.pt", sat)[0].config.depth == 1 and len(waves(tmp_path)) == 2
+
+
+@quiet_clap
+def test_clap_conditions_the_generator(clap_file, wav_folder, tmp_path):
+    """Stage 2 trains on CLAP's embeddings, and --text makes sounds from words then."""
+    fake_tokenizer(clap_file.parent)
+    common = ["--device", "cpu", "--preset", "tiny", "--data", str(wav_folder), "--batch", "1", "--steps", "1"]
+    checkpoints = ["--sat", str(tmp_path / "sat.pt")]
+    save(tmp_path / "sat.pt", "sat", small_sat(sample_rate=24000, seconds=0.1))
+    train_aar.main([*common, *checkpoints, "--out", str(tmp_path / "aar.pt"), "--embedder", "clap", "--clap", str(clap_file)])
+    sample.main(["--device", "cpu", *checkpoints, "--aar", str(tmp_path / "aar.pt"), "--clap", str(clap_file), "--text", "rain / on: \"a\" train",
+                 "-n", "2", "--out", str(tmp_path / "out")])
+    assert len(waves(tmp_path / "out")) == 2
+    with pytest.raises(UserError, match="--clap"):
+        sample.main(["--device", "cpu", *checkpoints, "--aar", str(tmp_path / "aar.pt"), "--text", "rain", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("script, args", [("train_sat.py", ["--steps", 0]), ("train_aar.py", ["--sat", "absent.pt"]),
+                                          ("sample.py", ["--sat", "absent.pt"])])
+def test_user_errors_end_in_one_line(run, script, args):
+    """What the user can mend: exit code 2, one line on stderr, no traceback."""
+    done = run(script, *args, code=2)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("main, args", [
+    (train_sat.main, "--steps -1"), (train_sat.main, "--batch 0"), (train_sat.main, "--lr nan"), (train_sat.main, "--lr -1"),
+    (train_sat.main, "--seed -1 --steps 1"), (train_sat.main, "--device nonsense"), (train_sat.main, "--data {tmp}/absent"),
+    (train_sat.main, "--data {tmp}"), (train_sat.main, "--out {tmp}/no/sat.pt"), (train_sat.main, "--out {tmp}/new.pt --resume"),
+    (train_sat.main, "--out {sat}"), (train_sat.main, "--out {sat} --resume --rvq"), (train_sat.main, "--out {sat} --resume --steps 9"),
+    (train_sat.main, "--out {aar} --resume"), (train_sat.main, "--eval {aar}"), (train_sat.main, "--eval {tmp}/absent.pt"),
+    (train_aar.main, "--sat {aar}"), (train_aar.main, "--sat {sat} --embedder clap"), (train_aar.main, "--sat {sat} --steps 0"),
+    (train_aar.main, "--sat {sat} --embedder clap --clap {tmp}/absent.pt"), (train_aar.main, "--sat {sat} --out {tmp}/no/aar.pt"),
+    (train_aar.main, "--sat {sat} --out {aar} --resume --steps 3 --batch 2 --next-token"), (train_aar.main, "--sat {sat} --out {aar}"),
+    (sample.main, "--sat {aar} --aar {aar}"), (sample.main, "--sat {sat} --aar {sat}"), (sample.main, "{both} -n 0"),
+    (sample.main, "{both} --top-p 0"), (sample.main, "{both} --top-p 1.5"), (sample.main, "{both} --top-k -1"),
+    (sample.main, "{both} --top-k 257"), (sample.main, "{both} --cfg nan"), (sample.main, "{both} --text rain"),
+    (sample.main, "{both} --ref {tmp}/absent.wav"), (sample.main, "{both} --ref {sat}"), (sample.main, "{both} --reconstruct {tmp}/absent.wav"),
+    (sample.main, "{both} --reconstruct {wav} --scales 0"), (sample.main, "{both} --reconstruct {wav} --scales 17"),
+    (sample.main, "{both} --out {sat} --reconstruct {wav}")],
+    ids=lambda x: x if isinstance(x, str) else x.__module__)
+def test_user_errors(main, args, trained, wav_folder, tmp_path, monkeypatch):
+    """Options that make no sense, and files that are absent or of another kind, are the user's error; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    before = [Path(path).read_bytes() for path in trained[1::2]]
+    names = {"{both}": trained, "{sat}": trained[1:2], "{aar}": trained[3:], "{wav}": [str(wav_folder / "700.wav")]}
+    args = [x for word in args.split() for x in names.get(word, [word.replace("{tmp}", str(tmp_path))])]
+    with pytest.raises(UserError) as error:
+        main(["--device", "cpu", *args] if "--device" not in args else args)
+    assert "\n" not in str(error.value)
+    assert [Path(path).read_bytes() for path in trained[1::2]] == before
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("main", [train_sat.main, train_aar.main, sample.main], ids=lambda main: main.__module__)
+def test_help(main, capsys):
+    """--help explains every option in a line."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--device", "--seed", "--out"))
+
+
+def test_import_is_light():
+    """Importing the program imports none of the slow libraries that only parts of it need."""
+    code = "import sys, aar; print([m for m in ('laion_clap', 'transformers', 'librosa', 'soundfile', 'soxr') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True).strip() == "[]"
