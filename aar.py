@@ -17,6 +17,7 @@ Shapes, everywhere:  B batch   N samples   T latent frames   K scales   s_k toke
 
 What differs from the authors' published code, and why, is listed in README.md.
 """
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 import types
@@ -40,6 +42,14 @@ from torch.nn.utils.parametrizations import weight_norm
 
 class UserError(ValueError):
     """Something that the user can mend: the message says what was seen and what to do, in one line."""
+
+
+def bfloat16(device, on=True):
+    """Inside, multiplications are done in bfloat16 if `on` and if the device gains by it, else in float32."""
+    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
+    if fast is None:                                                  # the meta device knows no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -60,7 +70,7 @@ class SATConfig:
     n_scales: int = 16                  # K
     phis: int = 6                       # convolutions phi shared by the K scales; 0: none
     decay: float = 0.99                 # of the codebooks' moving averages
-    disc_width: int = 32                # channels of the discriminators; 0: none
+    disc_width: int = 32                # channels of the discriminators
 
     @property
     def hop(self):
@@ -176,7 +186,7 @@ class Codebook(nn.Module):
     def nearest(self, z):
         """Vectors (..., D) -> tokens (...): argmin_v |z - code_v|^2, in which |z|^2 plays no part."""
         z, codes = z.float(), self.codes
-        with torch.autocast(z.device.type, enabled=False):
+        with bfloat16(z.device, on=False):
             return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)
 
     @torch.no_grad()
@@ -257,7 +267,7 @@ class MSRQ(nn.Module):
 
     def forward(self, f):
         """Latents f (B, D, T) -> quantised latents (B, D, T), tokens, loss; in training the codebooks learn."""
-        with torch.autocast(f.device.type, enabled=False):
+        with bfloat16(f.device, on=False):
             f = f.float()
             r, f_hats, z = self.quantize(f)
             if self.training:
@@ -325,7 +335,7 @@ class LSTM(nn.Module):
 
     def __init__(self, c, layers):
         super().__init__()
-        self.lstm = nn.LSTM(c, c, layers, batch_first=True)
+        self.lstm = nn.LSTM(c, c, layers, bias=False, batch_first=True)
 
     def forward(self, x):
         return x + self.lstm(x.mT)[0].mT
@@ -490,7 +500,7 @@ class Mel(nn.Module):
     def forward(self, wav):
         wav = F.pad(wav.float(), (self.window // 2, self.window // 2))
         X = torch.stft(wav.squeeze(1), self.window, self.window // 4, window=self.hann, center=False, return_complex=True)
-        with torch.autocast(wav.device.type, enabled=False):
+        with bfloat16(wav.device, on=False):
             return self.filters @ X.abs() / (self.window / 4)
 
     def dB(self, wav):
@@ -506,8 +516,8 @@ class MelLoss(nn.Module):
         self.mels = nn.ModuleList(Mel(sample_rate, 2 ** i, 5 * 2 ** i // 32) for i in range(5, 12))
 
     def forward(self, x, y):
-        # The added floor of -60 dB keeps the gradient of the logarithm small in silence.
-        pairs = [((mel(x) + 1e-3).log10(), (mel(y) + 1e-3).log10()) for mel in self.mels]
+        # The added floor of -70 dB keeps the gradient of the logarithm small in silence.
+        pairs = [((mel(x) + 3e-4).log10(), (mel(y) + 3e-4).log10()) for mel in self.mels]
         return sum(F.l1_loss(a, b) + F.mse_loss(a, b) for a, b in pairs)
 
 
@@ -781,7 +791,7 @@ class CLAP(nn.Module):
         # As laion-clap was trained: a short sound is repeated a whole number of times, then silence fills the 10 s.
         x = x.repeat(1, 480000 // x.shape[1])
         x = F.pad(x, (0, 480000 - x.shape[1]))
-        with torch.autocast(x.device.type, enabled=False):            # half precision would spoil the spectrogram
+        with bfloat16(x.device, on=False):                            # half precision would spoil the spectrogram
             x = self.audio_branch({"waveform": x}, device=x.device)["embedding"]
             return F.normalize(self.audio_projection(x), dim=-1)
 
@@ -861,6 +871,8 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
     if rate != sample_rate:
         import soxr
         mono = soxr.resample(mono, rate, sample_rate)
+        if not mono.size:
+            raise UserError(f"{path}: too short for one sample at {sample_rate} Hz")
     if seconds is not None:
         mono = mono[:math.ceil(seconds * sample_rate)]
     return torch.from_numpy(np.ascontiguousarray(mono / max(1.0, np.abs(mono).max(initial=0.0)), dtype=np.float32))[None]
@@ -958,8 +970,9 @@ class SoundFolder(torch.utils.data.Dataset):
         if not paths or len(self.bad) > len(self.files):
             raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable"
                             + "".join(f", such as {p}" for p, _ in self.bad[:1]) + f"; give a folder of {' '.join(sorted(self.SUFFIXES))}")
-        self.files.sort(key=lambda f: zlib.crc32(f[0].relative_to(root).as_posix().encode()))
-        n = max(1, len(self.files) // 20)
+        hashes = {path: zlib.crc32(path.relative_to(root).as_posix().encode()) for path, _ in self.files}
+        self.files.sort(key=lambda file: hashes[file[0]])
+        n = max(1, sum(h < 2 ** 32 // 20 for h in hashes.values()))
         if len(self.files) > 1:
             self.files = self.files[:n] if held_back else self.files[n:]
 
@@ -1023,11 +1036,11 @@ def load_checkpoint(path, kind):
         raise UserError(f"{path}: no such checkpoint; make one with: python {maker} --out {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        seen = state["kind"]
+        seen, version = dict(state)["kind"], state["version"]
     except Exception as e:                                            # torch.load raises many kinds for a foreign file
         raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); make one with: python {maker}")
-    if (seen, state["version"]) != (kind, VERSION):
-        raise UserError(f"{path}: holds {seen!r} version {state['version']}, wanted {kind!r} version {VERSION}; "
+    if (seen, version) != (kind, VERSION):
+        raise UserError(f"{path}: holds {seen!r} version {version}, wanted {kind!r} version {VERSION}; "
                         f"make one with: python {maker}")
     return state
 
@@ -1038,6 +1051,8 @@ def begin(args, kind, config, plan, parts):
     Returns (step, history). Raises UserError if that would overwrite a checkpoint or go on with other settings.
     """
     path = Path(args.out)
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, got {args.seed}")
     if not os.access(path.resolve().parent, os.W_OK):
         raise UserError(f"--out {path}: cannot write into {path.resolve().parent}")
     if not args.resume:
@@ -1103,13 +1118,6 @@ def plan_from(plan: TrainConfig, args):
     return replace(plan, **given)
 
 
-def has_bfloat16(device):
-    """Whether the device multiplies matrices faster in bfloat16 than in float32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def learning_rate(step, train: TrainConfig):
     """Linear warm-up, then a cosine down to 1% at the last step."""
     warm_up = round(train.warm_up * train.steps)
@@ -1124,7 +1132,20 @@ def batches(data, plan: TrainConfig, start, stop=None):
     places = range(start * plan.batch, stop or plan.steps * plan.batch)
     workers = min(4, max(1, (os.cpu_count() or 1) // 2))
     return iter(torch.utils.data.DataLoader(data, plan.batch, sampler=places, num_workers=workers, prefetch_factor=4,
-                                            pin_memory=torch.cuda.is_available()))
+                                            pin_memory=torch.cuda.is_available(),
+                                            generator=torch.Generator()))    # so that it draws no number from ours
+
+
+class Stop:
+    """Ctrl-C asks for a stop after the step at hand; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self)
+
+    def __call__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+        self.asked = True
 
 
 class Log:
@@ -1179,5 +1200,6 @@ def command_line(main):
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("stopped", file=sys.stderr) or 130)

@@ -6,6 +6,7 @@
     python sample.py                               one new sound of each built-in toy kind, and how many are recognised
 """
 import argparse
+import itertools
 import math
 import re
 from pathlib import Path
@@ -43,9 +44,16 @@ def main(argv=None):
         raise UserError("-n must be at least 1, --cfg finite, --top-k at least 0, --top-p above 0 and at most 1")
     sat = aar.load_sat(args.sat, device)
     config, out = sat.config, Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot make this folder ({e.strerror})")
+    written = set()
 
     def write(name, wav):
+        """Two references of one name must not overwrite each other."""
+        name = next(n for n in itertools.chain([name], (f"{i}-{name}" for i in itertools.count(2))) if n not in written)
+        written.add(name)
         aar.save_audio(out / name, wav, config.sample_rate)
         print(f"wrote {out / name}")
 

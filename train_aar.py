@@ -63,35 +63,31 @@ def train(args, sat, embedder, config, plan, device):
           + " ".join(f"{x:.2f}" for x in per_scale(unigram_loss(tokens, held[0], config.V), config.scales)))
 
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
-    log = aar.Log(bar, history)
-    step, every = start, max(1, plan.steps // 10)
-    try:
-        for step in bar:
-            pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
-            for group in optimizer.param_groups:
-                group["lr"] = aar.learning_rate(step, plan)
-            loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss, norm=norm)
+    log, stop = aar.Log(bar, history), aar.Stop()
+    for step in bar:
+        pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
+        for group in optimizer.param_groups:
+            group["lr"] = aar.learning_rate(step, plan)
+        loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss, norm=norm)
 
-            if (step + 1) % every == 0 or step + 1 == plan.steps:
-                log.write(step + 1, **validate(model, sat, *held))
-                aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **extra)
-                listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
-    except KeyboardInterrupt:
-        log.flush()
-        aar.save_checkpoint(args.out, "aar", config, plan, step, log.history, parts, **extra)
-        raise UserError(f"stopped at step {step}; go on with the same command and --resume")
+        if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
+            log.write(step + 1, **validate(model, sat, *held))
+            aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **extra)
+            listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
+            if stop.asked:
+                raise UserError(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
 
 def losses(model, sat, r, cond):
     """Cross-entropy of each token: r (B, L), cond (B, cond_dim) -> (B, L)."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
-    with torch.autocast(r.device.type, torch.bfloat16, enabled=aar.has_bfloat16(r.device)):
+    with aar.bfloat16(r.device):
         logits = model(cond, teacher_inputs)
     return F.cross_entropy(logits.transpose(1, 2), r, reduction="none")
 

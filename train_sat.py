@@ -59,56 +59,54 @@ def train(args, config, plan, device):
     parts = {"sat": sat, "discriminators": discriminators, "optimizer": optimizer, "d_optimizer": d_optimizer}
     start, history = aar.begin(args, "sat", config, plan, parts)
     data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
-    loader = aar.batches(data, plan, start)
     mel_loss = MelLoss(config.sample_rate).to(device)
     quantize_at, adversarial_at = (round(share * plan.steps) for share in (plan.quantize_at, plan.adversarial_at))
     print(f"device {device}, {sum(p.numel() for p in sat.parameters()) / 1e6:.2f} M parameters, {data}, "
           f"{sum(config.scales)} tokens per {config.seconds:g} s: scales {config.scales}")
 
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
-    log = aar.Log(bar, history)
-    try:
-        for step in bar:
-            wav, names = log.wait(loader)
-            wav = wav.to(device, non_blocking=True)
-            for group in (*optimizer.param_groups, *d_optimizer.param_groups):
-                group["lr"] = aar.learning_rate(step, plan)
-            if step == quantize_at:
-                first = torch.cat([data[i][0] for i in range(8 * plan.batch)]).unsqueeze(1).to(device)
-                with torch.no_grad():
-                    sat.quantizer.start(torch.cat([sat.latents(x) for x in first.split(plan.batch)]))
+    log, stop = aar.Log(bar, history), aar.Stop()
+    loader = aar.batches(data, plan, start)
+    for step in bar:
+        wav, names = log.wait(loader)
+        wav = wav.to(device, non_blocking=True)
+        for group in (*optimizer.param_groups, *d_optimizer.param_groups):
+            group["lr"] = aar.learning_rate(step, plan)
+        if step == quantize_at:
+            first = torch.cat([data[i][0] for i in range(8 * plan.batch)]).unsqueeze(1).to(device)
+            with torch.no_grad():
+                sat.quantizer.start(torch.cat([sat.latents(x) for x in first.split(plan.batch)]))
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=aar.has_bfloat16(device)):
-                if step < quantize_at:
-                    y, tokens, vq = sat.decoder(sat.latents(wav)), None, wav.new_zeros(())
-                else:
-                    y, tokens, vq = sat(wav)
-            losses = {"time": (wav - y).abs().mean(), "mel": mel_loss(wav, y), "vq": vq}
-            if step >= adversarial_at:
-                # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
-                with torch.autocast(device.type, torch.bfloat16, enabled=aar.has_bfloat16(device)):
-                    real, fake = discriminators(wav), discriminators(y)
-                d_loss = aar.discriminator_loss(real, fake)
-                d_optimizer.zero_grad()
-                d_loss.backward(inputs=list(discriminators.parameters()), retain_graph=True)
-                losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
-            loss = sum(WEIGHTS[name] * value for name, value in losses.items())
-            optimizer.zero_grad()
-            loss.backward(inputs=list(sat.parameters()))
-            losses["norm"] = torch.nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
-            optimizer.step()
-            if step >= adversarial_at:
-                losses["discriminator"] = d_loss
-                torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
-                d_optimizer.step()
-            log.add(step, names, **losses)
+        with aar.bfloat16(device):
+            if step < quantize_at:
+                y, tokens, vq = sat.decoder(sat.latents(wav)), None, wav.new_zeros(())
+            else:
+                y, tokens, vq = sat(wav)
+        losses = {"time": (wav - y).abs().mean(), "mel": mel_loss(wav, y), "vq": vq}
+        if step >= adversarial_at:
+            # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
+            with aar.bfloat16(device):
+                real, fake = discriminators(wav), discriminators(y)
+            d_loss = aar.discriminator_loss(real, fake)
+            d_optimizer.zero_grad()
+            d_loss.backward(inputs=list(discriminators.parameters()), retain_graph=True)
+            losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
+        loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+        optimizer.zero_grad()
+        loss.backward(inputs=list(sat.parameters()))
+        losses["norm"] = torch.nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
+        optimizer.step()
+        if step >= adversarial_at:
+            losses["discriminator"] = d_loss
+            torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
+            d_optimizer.step()
+        log.add(step, names, **losses)
 
-            if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps:
-                log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back, Path(args.out).with_suffix(".wav"))))
-                aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts)
-    except KeyboardInterrupt:
-        aar.save_checkpoint(args.out, "sat", config, plan, step, log.history, parts)
-        raise UserError(f"stopped at step {step}; go on with the same command and --resume")
+        if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
+            log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back, Path(args.out).with_suffix(".wav"))))
+            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts)
+            if stop.asked:
+                raise UserError(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
 
 @torch.no_grad()
