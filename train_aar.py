@@ -68,7 +68,7 @@ def train(args, sat, embedder, config, plan, device):
         pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
         for group in optimizer.param_groups:
             group["lr"] = aar.learning_rate(step, plan)
-        loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device)).mean()
+        loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device))[0].mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -84,12 +84,12 @@ def train(args, sat, embedder, config, plan, device):
 
 
 def losses(model, sat, r, cond):
-    """Cross-entropy of each token: r (B, L), cond (B, cond_dim) -> (B, L)."""
+    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token and whether it is the likeliest, (B, L) both."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
     with aar.bfloat16(r.device):
         logits = model(cond, teacher_inputs)
-    return F.cross_entropy(logits.transpose(1, 2), r, reduction="none")
+    return F.cross_entropy(logits.transpose(1, 2), r, reduction="none"), logits.argmax(-1) == r
 
 
 def per_scale(x, scales):
@@ -105,12 +105,14 @@ def unigram_loss(tokens, held_back, V):
 
 @torch.no_grad()
 def validate(model, sat, tokens, cond):
-    """Teacher-forced loss on held-back clips: its mean, and per scale beside the accuracy of the likeliest code."""
+    """Teacher-forced on held-back clips: mean loss, and per scale the loss and how often the likeliest code is right."""
     device = next(model.parameters()).device
     model.eval()
-    loss = torch.cat([losses(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))])
+    parts = [losses(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))]
     model.train()
-    return {"held_back": loss.mean().item(), "per_scale": per_scale(loss, model.config.scales)}
+    loss, right = (torch.cat(part) for part in zip(*parts))
+    return {"held_back": loss.mean().item(), "per_scale": per_scale(loss, model.config.scales),
+            "accuracy": per_scale(right, model.config.scales)}
 
 
 @torch.no_grad()
