@@ -108,7 +108,7 @@ class TrainConfig:
     lr: float
     warm_up: float = 0.05               # share of the steps in which the learning rate grows
     quantize_at: float = 0.1            # stage 1: a plain autoencoder up to this share, then the codebooks start
-    adversarial_at: float = 0.8         # stage 1: the discriminators join after this share
+    adversarial_at: float = 0.1         # stage 1: the discriminators join after this share
     crops: int = 2000                   # stage 2: windows of sound that are tokenised once, before training
 
 
@@ -121,12 +121,12 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(SATConfig(width=8, lstm=0, latent=32, V=256, disc_width=4),
-                   AARConfig(depth=4, V=256, latent=32),
-                   TrainConfig(steps=1000, batch=8, lr=2e-3),
-                   TrainConfig(steps=300, batch=16, lr=1e-3)),
+    "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
+                   AARConfig(depth=3, V=256, latent=32),
+                   TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.9),
+                   TrainConfig(steps=2000, batch=8, lr=1e-3, crops=8000)),
     "paper": Preset(SATConfig(), AARConfig(),
-                    TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01, adversarial_at=0.1),
+                    TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
                     TrainConfig(steps=400_000, batch=64, lr=1e-4, warm_up=0.01, crops=4_000_000)),
 }
 
@@ -600,22 +600,24 @@ class AAR(nn.Module):
         self.register_buffer("scale_of", torch.arange(K).repeat_interleave(torch.tensor(config.scales)), persistent=False)
         self.register_buffer("mask", block_mask(blocks), persistent=False)     # (L, L)
 
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.trunc_normal_(p, std=0.02)
-        nn.init.zeros_(self.adaln.weight)                                      # at the start every clip is modulated
-        nn.init.zeros_(self.adaln.bias)                                        # alike: shift and scale 0, gate 1
-        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0
-        for layer in self.layers:                                              # keep the residual stream's size
+        for module in self.modules():
+            if isinstance(module, nn.Linear):                                  # half the variance that keeps a signal's size
+                nn.init.trunc_normal_(module.weight, std=(2 * module.in_features) ** -0.5)
+                nn.init.zeros_(module.bias)
+        for p in (self.level, self.position):
+            nn.init.trunc_normal_(p, std=0.3)
+        for layer in self.layers:                                              # 2 d branches add to the residual stream
             for out in (layer.attention.proj, layer.mlp[2]):
-                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.depth))
+                out.weight.data /= math.sqrt(2 * config.depth)
+        nn.init.zeros_(self.adaln.weight)                                      # at the start every clip is modulated
+        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0   # alike: gates 1, the rest 0
 
     def condition(self, cond):
         """Condition (B, cond_dim) -> start token (B, 1, C), modulations of the layers and of the head.
 
         It is the same at all scales, so this runs once per clip.
         """
-        c = self.cond(cond)
+        c = self.cond(cond * cond.shape[-1] ** 0.5)                             # a unit vector's numbers are small
         mods = self.adaln(F.silu(c)).unflatten(-1, (-1, c.shape[-1]))[:, :, None]           # (B, 6 d + 2, 1, C)
         return c[:, None], mods[:, :-2].unflatten(1, (-1, 6)).unbind(1), mods[:, -2:].unbind(1)
 
