@@ -4,7 +4,8 @@
    K = 16 growing resolutions, 1, 2, 4, ... 75: 455 tokens from coarse to fine, where residual VQ needs 750.
 2. AAR, the generator, is a transformer that predicts ALL tokens of one scale at once from all coarser scales:
    p(r_1 .. r_K) = prod_k p(r_k | r_<k, condition). That makes 16 steps where next-token prediction takes 750.
-3. It trains in one pass under a block-wise causal mask: a token of scale k sees the start token and scales <= k.
+3. It trains in one pass under a block-wise causal mask: where it predicts scale k it sees the start token and the
+   inputs of scales <= k, and the input of scale k is the sum of the scales BEFORE it.
 4. The condition is an embedding of a reference sound (CLAP); it is the start token and steers every block (AdaLN);
    it is dropped for 10% of the clips, so that classifier-free guidance (CFG) works.
 5. Two stages: train SAT (reconstruction, then discriminators), freeze it, train AAR (cross-entropy on its tokens).
@@ -21,7 +22,6 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -38,18 +38,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-
-
-class UserError(ValueError):
-    """Something that the user can mend: the message says what was seen and what to do, in one line."""
-
-
-def bfloat16(device, on=True):
-    """Inside, multiplications are done in bfloat16 if `on` and if the device gains by it, else in float32."""
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
-    if fast is None:                                                  # the meta device knows no autocast
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -103,10 +91,11 @@ class AARConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The plan of one training; shares are of its steps."""
     steps: int
     batch: int
     lr: float
-    warm_up: float = 0.05               # share of the steps in which the learning rate grows
+    warm_up: float = 0.05               # share in which the learning rate grows
     quantize_at: float = 0.1            # stage 1: a plain autoencoder up to this share, then the codebooks start
     adversarial_at: float = 0.1         # stage 1: the discriminators join after this share
     crops: int = 2000                   # stage 2: windows of sound that are tokenised once, before training
@@ -114,6 +103,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Preset:
+    """Sizes and plans of both stages."""
     sat: SATConfig
     aar: AARConfig
     train_sat: TrainConfig
@@ -131,6 +121,18 @@ PRESETS = {
 }
 
 
+class UserError(ValueError):
+    """Something that the user can mend: the message says what was seen and what to do, in one line."""
+
+
+def bfloat16(device, on=True):
+    """Inside, multiplications are done in bfloat16 if `on` and if the device gains by it, else in float32."""
+    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
+    if fast is None:                                                  # mps; and meta, which knows no autocast at all
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast())
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Scales (Fig. 5)
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
 
     quadratic: the square root of s_k grows evenly; linear: s_k grows evenly; log: the logarithm of s_k grows evenly;
     flat: `frames` at every scale, which turns MSRQ into the residual VQ baseline.
-    Raises UserError for another kind, or if there are more scales than frames to tell them apart.
+    Raises UserError for another kind, or if there are more scales than frames.
     """
     if n < 1 or frames < 1 or (n > frames and kind != "flat"):
         raise UserError(f"{n} scales do not fit {frames} latent frames: ask for 1 to {frames} scales")
@@ -169,14 +171,15 @@ def up(z, T):
 # ---------------------------------------------------------------------------------------------------------------
 
 class Codebook(nn.Module):
-    """V codes of D numbers that follow the mean of the vectors nearest to them (an exponential moving average)."""
+    """V codes of D numbers, each the moving average of the vectors nearest to it."""
 
-    def __init__(self, V, D, decay=0.99, dead=0.1):
+    def __init__(self, V, D, decay=0.99):
         super().__init__()
-        self.decay, self.dead = decay, dead
+        self.decay = decay
         self.register_buffer("codes", torch.randn(V, D))
-        self.register_buffer("share", torch.full((V,), 1 / V))       # of all vectors that chose this code
-        self.register_buffer("sum", self.codes / V)                  # share * mean of those vectors
+        self.register_buffer("share", torch.full((V,), 1 / V))       # moving average: how many of the vectors chose it
+        self.register_buffer("sum", self.codes / V)                  # moving average of their sum: code = sum / share
+        self.register_buffer("idle", torch.zeros(V))                 # how many vectors came since one chose it
 
     def forward(self, r):
         """Tokens (B, s) -> codes (B, s, D)."""
@@ -185,26 +188,26 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def nearest(self, z):
         """Vectors (..., D) -> tokens (...): argmin_v |z - code_v|^2, in which |z|^2 plays no part."""
-        z, codes = z.float(), self.codes
-        with bfloat16(z.device, on=False):
-            return (codes.square().sum(1) - 2 * z @ codes.T).argmin(-1)
+        return (self.codes.square().sum(1) - 2 * z @ self.codes.T).argmin(-1)
 
     @torch.no_grad()
     def update(self, z, r, decay=None):
         """Move the codes towards the vectors z (M, D) that chose them, r (M,), and revive the dead codes.
 
-        A code is dead if it is chosen less than `dead` times as often as if all codes of THIS scale were chosen
-        equally. It is reborn on a random vector of the batch, with its statistics: to change the code alone would
-        be undone by the next average.
+        A code is dead if none of the last 20 V vectors of ITS scale chose it; if all codes were chosen equally, that
+        would happen once in e^20. It is reborn on a random vector of the batch, together with its statistics: to change
+        the code alone would be undone by the next average.
         """
-        decay = self.decay if decay is None else decay
-        V, M, z = len(self.codes), len(z), z.float()
-        self.share.lerp_(torch.zeros_like(self.share).index_add_(0, r, torch.ones_like(z[:, 0])) / M, 1 - decay)
+        decay, (V, D), M = self.decay if decay is None else decay, self.codes.shape, len(z)
+        hits = torch.zeros_like(self.share).index_add_(0, r, torch.ones_like(z[:, 0]))
+        self.share.lerp_(hits / M, 1 - decay)
         self.sum.lerp_(torch.zeros_like(self.sum).index_add_(0, r, z) / M, 1 - decay)
-        dead = self.share < self.dead / V
+        self.idle.copy_(torch.where(hits > 0, 0.0, self.idle + M))
+        dead = (self.idle > 20 * V) | (self.share == 0)
         reborn = z[torch.randint(M, (V,), device=z.device)]
         self.share.copy_(torch.where(dead, 1 / V, self.share))
         self.sum.copy_(torch.where(dead[:, None], reborn / V, self.sum))
+        self.idle.copy_(torch.where(dead, 0.0, self.idle))
         self.codes.copy_(self.sum / self.share[:, None])
 
     @torch.no_grad()
@@ -213,6 +216,7 @@ class Codebook(nn.Module):
         self.codes.copy_(z[torch.randint(len(z), (len(self.codes),), device=z.device)])
         for _ in range(rounds):
             self.update(z, self.nearest(z), decay=0.0)
+        self.idle.zero_()
 
 
 class Phi(nn.Conv1d):
@@ -239,59 +243,53 @@ class MSRQ(nn.Module):
         """The phi of scale k: neighbouring scales share one."""
         return self.phis[k * len(self.phis) // len(self.scales)](h) if len(self.phis) else h
 
-    def walk(self, choose, T=None):
-        """Walk through the scales, coarse to fine, and yield (r_k, f_hat) after each: the loop of Alg. 1 and Alg. 2.
+    def walk(self, choose, T=None, n=None):
+        """The loop of Alg. 1 and 2, coarse to fine: tokens [r_1 .. r_n] and sums [f_hat_1 .. f_hat_n], each (B, D, T).
 
-        `choose(k, f_hat)` returns the tokens r_k (B, s_k) given the sum of all coarser scales, f_hat (B, D, T).
+        `choose(k, f_hat)` returns the tokens (B, s_k) of scale k, given the sum of all coarser scales.
         """
-        T, f_hat = T or self.frames, 0.0
-        for k in range(len(self.scales)):
-            r_k = choose(k, f_hat)
-            f_hat = f_hat + self.phi(k, up(self.codebooks[k](r_k).mT, T))
-            yield r_k, f_hat
+        r, f_hats = [], [0.0]
+        for k in range(n or len(self.scales)):
+            r.append(choose(k, f_hats[-1]))
+            f_hats.append(f_hats[-1] + self.phi(k, up(self.codebooks[k](r[k]).mT, T or self.frames)))
+        return r, f_hats[1:]
 
-    def read(self, k, f_hat):
-        """What the transformer reads where it predicts scale k: f_hat of the coarser scales, (B, s_k, D)."""
-        return down(f_hat, self.scales[k]).mT
+    def read(self, k, f):
+        """(B, D, T) -> (B, s_k, D): a residual as codebook k sees it, or f_hat as the transformer reads it for scale k."""
+        return down(f, self.scales[k]).mT
 
-    def quantize(self, f):
-        """Alg. 1: latents f (B, D, T) -> tokens, the sums f_hat_1 .. f_hat_K, and the vectors that were looked up."""
+    def quantize(self, f, kmeans=False):
+        """Alg. 1: latents f (B, D, T) -> tokens, sums f_hat_1 .. f_hat_K, and the vectors looked up, (B, s_k, D) each.
+
+        With `kmeans` each codebook first starts anew on its vectors.
+        """
         z = []
 
-        @torch.no_grad()
+        @torch.no_grad()                                             # in `walk` only the phis get gradients
         def choose(k, f_hat):
-            z.append(down(f - f_hat, self.scales[k]).mT)             # (B, s_k, D)
+            z.append(self.read(k, f - f_hat))
+            if kmeans:
+                self.codebooks[k].kmeans(z[k].flatten(0, 1))
             return self.codebooks[k].nearest(z[k])
-        r, f_hats = zip(*self.walk(choose, f.shape[-1]))
-        return list(r), f_hats, z
+        with bfloat16(f.device, on=False):                           # nearest codes need all digits
+            f = f.float()
+            return *self.walk(choose, f.shape[-1]), z
 
     def forward(self, f):
         """Latents f (B, D, T) -> quantised latents (B, D, T), tokens, loss; in training the codebooks learn."""
-        with bfloat16(f.device, on=False):
-            f = f.float()
-            r, f_hats, z = self.quantize(f)
-            if self.training:
-                for codebook, z_k, r_k in zip(self.codebooks, z, r):
-                    codebook.update(z_k.flatten(0, 1), r_k.flatten())
-            commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
-            phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
-            # Straight-through, ONCE around the whole of MSRQ: forward f_hat_K, backward the identity.
-            return f + (f_hats[-1] - f).detach(), r, commitment_loss + phi_loss
-
-    @torch.no_grad()
-    def start(self, f):
-        """Start all codebooks by k-means on the residuals of the latents f (B, D, T), scale by scale."""
-        def choose(k, f_hat):
-            z = down(f - f_hat, self.scales[k]).mT
-            self.codebooks[k].kmeans(z.flatten(0, 1))
-            return self.codebooks[k].nearest(z)
-        for _ in self.walk(choose, f.shape[-1]):
-            pass
+        r, f_hats, z = self.quantize(f)
+        f = f.float()
+        if self.training:
+            for codebook, z_k, r_k in zip(self.codebooks, z, r):
+                codebook.update(z_k.flatten(0, 1), r_k.flatten())
+        commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
+        phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
+        # Straight-through, ONCE around the whole of MSRQ: forward f_hat_K, backward the identity.
+        return f + (f_hats[-1] - f).detach(), r, commitment_loss + phi_loss
 
     def decode(self, tokens, T=None):
-        """Alg. 2: tokens of the first n scales -> f_hat_n (B, D, T)."""
-        *_, (_, f_hat) = itertools.islice(self.walk(lambda k, _: tokens[k], T), len(tokens))
-        return f_hat
+        """Alg. 2: tokens of the first n >= 1 scales -> f_hat_n (B, D, T)."""
+        return self.walk(lambda k, _: tokens[k], T, len(tokens))[1][-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -301,8 +299,9 @@ class MSRQ(nn.Module):
 def conv(kind, *args, gain=1.0, bias=False, **kwargs):
     """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
-    That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike to
-    the quantizer. The codec has no biases: silence stays silence.
+    That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike
+    to the quantizer. The codec has no biases: encoder and decoder turn
+    silence into silence.
     """
     module = kind(*args, bias=bias, **kwargs)
     taps = math.prod(module.kernel_size) * module.in_channels
@@ -385,11 +384,13 @@ class SAT(nn.Module):
     @torch.no_grad()
     def encode(self, wav):
         """Waveform (B, 1, N) -> list of K tensors of tokens (B, s_k), int64 (Alg. 1)."""
-        return self.quantizer.quantize(self.latents(wav).float())[0]
+        return self.quantizer.quantize(self.latents(wav))[0]
 
     @torch.no_grad()
     def decode(self, tokens, samples=None):
         """Tokens of all or only the first n scales -> waveform (B, 1, samples); default: one window (Alg. 2)."""
+        if not 1 <= len(tokens) <= len(self.config.scales):
+            raise UserError(f"cannot decode {len(tokens)} scales: this tokenizer has 1 to {len(self.config.scales)}")
         samples = samples or self.config.samples
         f_hat = self.quantizer.decode(tokens, math.ceil(samples / self.config.hop))
         return self.decoder(f_hat)[..., :samples].float()
@@ -408,9 +409,9 @@ class SAT(nn.Module):
         quantizer = self.quantizer
         if next_token:
             return torch.cat([codebook(r_k) for codebook, r_k in zip(quantizer.codebooks, tokens)], 1)[:, :-1]
-        f_hats = [f_hat for _, f_hat in quantizer.walk(lambda k, _: tokens[k])]
+        _, f_hats = quantizer.walk(lambda k, _: tokens[k])
         reads = [quantizer.read(k, f_hat) for k, f_hat in enumerate(f_hats[:-1], start=1)]
-        return torch.cat([f_hats[0].mT[:, :0], *reads], 1)           # also right for a single scale: (B, 0, D)
+        return torch.cat([f_hats[0].mT[:, :0], *reads], 1)           # begins with nothing, for the case of one scale
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -487,7 +488,7 @@ def feature_loss(real, fake):
 
 
 class Mel(nn.Module):
-    """Mel spectrogram of magnitudes, (B, 1, N) -> (B, n_mels, frames); a bin of a full-scale sine is 1 (0 dB)."""
+    """Mel spectrogram of magnitudes, (B, 1, N) -> (B, n_mels, frames); an STFT bin of a full-scale sine is 1 (0 dB)."""
 
     def __init__(self, sample_rate, window, n_mels):
         super().__init__()
@@ -498,8 +499,8 @@ class Mel(nn.Module):
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
 
     def forward(self, wav):
-        wav = F.pad(wav.float(), (self.window // 2, self.window // 2))
-        X = torch.stft(wav.squeeze(1), self.window, self.window // 4, window=self.hann, center=False, return_complex=True)
+        X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, pad_mode="constant",
+                       return_complex=True)
         with bfloat16(wav.device, on=False):
             return self.filters @ X.abs() / (self.window / 4)
 
@@ -537,17 +538,18 @@ class Attention(nn.Module):
         super().__init__()
         self.H = H
         self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.log_tau = nn.Parameter(torch.full((H, 1, 1), math.log(4)))
+        self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # of the cosines in the softmax
 
     def forward(self, x, mask=None, cache=None, at=0):
         """x (B, n, C) -> (B, n, C). `cache` (2, B, H, L, C/H) keeps keys and values; x is written from place `at` on."""
         B, n, C = x.shape
         q, k, v = self.qkv(x).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)     # each (B, H, n, C/H)
-        q = F.normalize(q, dim=-1) * self.log_tau.clamp(max=math.log(100)).exp()
+        q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()
         k = F.normalize(k, dim=-1)
         if cache is not None:
-            cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
-            k, v = cache[:, :, :, :at + n]
+            keys, values = cache
+            keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
+            k, v = keys[:, :, :at + n], values[:, :, :at + n]        # only blocks that may be seen: needs no mask
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
         return self.proj(y.transpose(1, 2).reshape(B, n, C))
 
@@ -572,7 +574,10 @@ class Block(nn.Module):
 
 
 def block_mask(blocks):
-    """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L)."""
+    """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L).
+
+    That is no leak: the inputs of a block are made of the tokens of earlier blocks.
+    """
     block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
     return block[:, None] >= block
 
@@ -610,6 +615,7 @@ class AAR(nn.Module):
             for out in (layer.attention.proj, layer.mlp[2]):
                 out.weight.data /= math.sqrt(2 * config.depth)
         nn.init.zeros_(self.adaln.weight)                                      # at the start every clip is modulated
+        nn.init.zeros_(self.head.weight)                                       # the first loss is ln V
         self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0   # alike: gates 1, the rest 0
 
     def condition(self, cond):
@@ -621,36 +627,36 @@ class AAR(nn.Module):
         mods = self.adaln(F.silu(c)).unflatten(-1, (-1, c.shape[-1]))[:, :, None]           # (B, 6 d + 2, 1, C)
         return c[:, None], mods[:, :-2].unflatten(1, (-1, 6)).unbind(1), mods[:, -2:].unbind(1)
 
-    def embed(self, x, at):
-        """Add to x (B, n, C) who it is: the level (scale) and the position of the tokens from place `at` on."""
-        to = at + x.shape[1]
-        return x + self.level[self.scale_of[at:to]] + self.position[at:to]
+    def logits(self, x, mods, head, mask=None, caches=None, at=0):
+        """Inputs x (B, n, C) of the places at .. at + n - 1 -> logits (B, n, V): shared by training and generation."""
+        here = slice(at, at + x.shape[1])
+        x = x + self.level[self.scale_of[here]] + self.position[here]
+        for layer, mod, cache in zip(self.layers, mods, caches or [None] * len(mods)):
+            x = layer(x, mod, mask, cache, at)
+        return self.head(modulate(x, *head)).float()
 
     def forward(self, cond, teacher_inputs):
-        """Condition (B, cond_dim) and SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
+        """Condition (B, cond_dim), SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
         if self.training:
             hide = torch.rand(len(cond), 1, device=cond.device) < self.config.cond_drop
             cond = torch.where(hide, self.null, cond)
         start, mods, head = self.condition(cond)
         x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
-        x = self.embed(x, 0)
-        for layer, mod in zip(self.layers, mods):
-            x = layer(x, mod, self.mask)
-        return self.head(modulate(x, *head)).float()
+        return self.logits(x, mods, head, self.mask)
 
     @torch.inference_mode()
     def generate(self, cond, sat, cfg=2.0, top_k=0, top_p=1.0, generator=None):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
 
         cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), and the logits are
-        (1 + t_k) conditional - t_k unconditional. top_k, top_p: see `sample`. generator: on the model's device.
+        (1 + t_k) conditional - t_k unconditional. top_k, top_p: see `draw`. generator: on the model's device.
         """
         config, B, K = self.config, len(cond), len(self.config.scales)
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])                  # both halves in one batch
         start, mods, head = self.condition(cond)
-        cache = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64) for _ in self.layers]
-        at, last = 0, None
+        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64) for _ in self.layers]
+        at, last = 0, None                                                     # places filled, code of the last token
 
         def choose(k, f_hat):
             """Predict the tokens of scale k: one block, or s_k blocks of one token each."""
@@ -661,30 +667,26 @@ class AAR(nn.Module):
                     x = start.expand(-1, n, -1)
                 else:
                     x = self.input(last if config.next_token else sat.quantizer.read(k, f_hat))
-                    x = x.repeat(len(cond) // B, 1, 1)
-                x = self.embed(x, at)
-                for layer, mod, kv in zip(self.layers, mods, cache):
-                    x = layer(x, mod, cache=kv, at=at)
-                logits = self.head(modulate(x, *head)).float()
+                    x = x.repeat(len(cond) // B, 1, 1)                         # both halves read the same
+                logits = self.logits(x, mods, head, caches=caches, at=at)
                 if cfg:
                     t = cfg * k / max(K - 1, 1)
                     logits = (1 + t) * logits[:B] - t * logits[B:]
-                r_k.append(sample(logits, top_k, top_p, generator))
+                r_k.append(draw(logits, top_k, top_p, generator))
                 at, last = at + n, sat.quantizer.codebooks[k](r_k[-1])
             return torch.cat(r_k, 1)
-        return [r_k for r_k, _ in sat.quantizer.walk(choose)]
+        return sat.quantizer.walk(choose)[0]
 
 
-def sample(logits, top_k=0, top_p=1.0, generator=None):
-    """Logits (B, n, V) -> tokens (B, n), drawn from the top_k likeliest codes (0: all) that hold top_p of the
-    probability (the likeliest is always kept)."""
+def draw(logits, top_k=0, top_p=1.0, generator=None):
+    """Logits (B, n, V) -> tokens (B, n), drawn from the top_k likeliest codes (0: all) and, of what is left, from the
+    likeliest that hold top_p of the probability (at least one)."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(-1, descending=True)
-        drop = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
-        drop.scatter_(-1, order[..., :1], False)
-        logits = logits.masked_fill(drop, -torch.inf)
+        drop = p.cumsum(-1) - p >= max(top_p, 1e-9)                            # those before it hold enough
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     return torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
 
 
@@ -695,7 +697,7 @@ def sample(logits, top_k=0, top_p=1.0, generator=None):
 class MelEmbedder(nn.Module):
     """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512), unit length.
 
-    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
+    (Silence: 0.) A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
     loses its mean (so that loudness matters little) and goes through a 2-D cosine transform, of which the lowest
     32 (pitch) x 16 (time) coefficients are kept.
     """
@@ -705,7 +707,7 @@ class MelEmbedder(nn.Module):
         super().__init__()
         self.mel = Mel(sample_rate, 1024, 64)
         i = (torch.arange(64) + 0.5) * math.pi / 64
-        self.register_buffer("dct", torch.cos(torch.arange(32)[:, None] * i) / 8, persistent=False)      # (32, 64)
+        self.register_buffer("dct", torch.cos(torch.arange(32)[:, None] * i), persistent=False)      # (32, 64)
 
     @torch.no_grad()
     def forward(self, wav):
@@ -951,7 +953,7 @@ class SoundFolder(torch.utils.data.Dataset):
 
     Every epoch visits each file once in a new order, at a random place that is not silent if there is one. Short sounds
     are padded with silence. Of the files, 5% are held back for validation, by a hash of their path in the folder, so that
-    more files move none of them. Raises UserError if there is no sound, or if more than half of the files are unreadable.
+    more files move none of them (in a small folder: the one of the lowest hash; a single file serves both purposes). Raises UserError if there is no sound, or if more than half of the files are unreadable.
     """
     SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split())
 
@@ -966,12 +968,16 @@ class SoundFolder(torch.utils.data.Dataset):
         for path in paths:
             try:
                 info = soundfile.info(path)
-                (self.files if info.frames > 0 else self.bad).append((path, info.frames / info.samplerate))
+                seconds = info.frames / info.samplerate
             except (soundfile.SoundFileError, OSError, RuntimeError):
-                self.bad.append((path, 0))
+                seconds = 0
+            if seconds:
+                self.files.append((path, seconds))
+            else:
+                self.bad.append(path)
         if not paths or len(self.bad) > len(self.files):
             raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable"
-                            + "".join(f", such as {p}" for p, _ in self.bad[:1]) + f"; give a folder of {' '.join(sorted(self.SUFFIXES))}")
+                            + "".join(f", such as {path}" for path in self.bad[:1]) + f"; give a folder of {' '.join(sorted(self.SUFFIXES))}")
         hashes = {path: zlib.crc32(path.relative_to(root).as_posix().encode()) for path, _ in self.files}
         self.files.sort(key=lambda file: hashes[file[0]])
         n = max(1, sum(h < 2 ** 32 // 20 for h in hashes.values()))
@@ -1002,27 +1008,31 @@ class SoundFolder(torch.utils.data.Dataset):
                         break
                 return F.pad(wav, (0, self.samples - wav.shape[-1])), str(path)
             except UserError as e:
-                if path not in (p for p, _ in self.bad):
-                    self.bad.append((path, 0))
+                if path not in self.bad:
+                    self.bad.append(path)
                     print(f"skipped {e}", file=sys.stderr)
         raise UserError(f"none of the {n} sounds could be read")
 
 
 def sounds(data, config: SATConfig, seed=0, held_back=False):
     """The data set of windows for a tokenizer: a folder, or, without one, the built-in toy sounds."""
-    kind = (ToySounds, ) if data is None else (SoundFolder, data)
-    return kind[0](*kind[1:], config.sample_rate, config.samples, seed, held_back)
+    common = config.sample_rate, config.samples, seed, held_back
+    return ToySounds(*common) if data is None else SoundFolder(data, *common)
 
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints and training: here the method ends; what follows is plumbing that both stages share
+# ---------------------------------------------------------------------------------------------------------------
 
 VERSION = 1
 
 
-def save_checkpoint(path, kind, config, plan, step, history, parts, **extra):
+def save_checkpoint(path, kind, config, plan, step, history, parts, **run):
     """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole."""
     path = Path(path)
     rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
     state = {"kind": kind, "version": VERSION, "config": asdict(config), "plan": asdict(plan), "step": step,
-             "history": history, "rng": rng, "parts": {name: part.state_dict() for name, part in parts.items()}, **extra}
+             "history": history, "rng": rng, "parts": {name: part.state_dict() for name, part in parts.items()}, **run}
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "wb") as file:
         torch.save(state, file)
@@ -1047,10 +1057,11 @@ def load_checkpoint(path, kind):
     return state
 
 
-def begin(args, kind, config, plan, parts):
+def begin(args, kind, config, plan, parts, **run):
     """Start at step 0, or with --resume put everything that training changes back to where the checkpoint left it.
 
-    Returns (step, history). Raises UserError if that would overwrite a checkpoint or go on with other settings.
+    `run`: what else must be the same as then. Returns (step, history). Raises UserError if that would overwrite a
+    checkpoint or go on with other settings.
     """
     path = Path(args.out)
     if args.seed < 0:
@@ -1062,10 +1073,10 @@ def begin(args, kind, config, plan, parts):
             raise UserError(f"{path} exists: add --resume to go on with it, or give another --out")
         return 0, []
     state = load_checkpoint(path, kind)
-    for name, now in (("config", config), ("plan", plan)):
-        differs = [f"{k} {state[name].get(k)} -> {v}" for k, v in asdict(now).items() if state[name].get(k) != v]
-        if differs:
-            raise UserError(f"{path} was made with other settings ({'; '.join(differs)}): resume with the same ones")
+    now, then = asdict(config) | asdict(plan) | run, state["config"] | state["plan"] | state
+    differs = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+    if differs:
+        raise UserError(f"{path} was made with other settings ({'; '.join(differs)}): resume with the same ones")
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["rng"]["cpu"])
@@ -1074,23 +1085,24 @@ def begin(args, kind, config, plan, parts):
     return state["step"], state["history"]
 
 
-def load_aar(path, sat, device="cpu"):
-    """Checkpoint of stage 2 -> (generator, name of its embedder). Raises UserError if it was trained on another tokenizer."""
-    state = load_checkpoint(path, "aar")
-    if state["sat"] != fingerprint(sat):
-        raise UserError(f"{path} was trained on the tokenizer {state['sat']}, not on this one, {fingerprint(sat)}: "
-                        "give the --sat that it was trained with")
-    aar = AAR(AARConfig(**state["config"]))
-    aar.load_state_dict(state["parts"]["aar"])
-    return aar.to(device).eval().requires_grad_(False), state["embedder"]
-
-
 def load_sat(path, device="cpu"):
     """Checkpoint of stage 1 -> the tokenizer, frozen."""
     state = load_checkpoint(path, "sat")
     sat = SAT(SATConfig(**state["config"]))
     sat.load_state_dict(state["parts"]["sat"])
     return sat.to(device).eval().requires_grad_(False)
+
+
+def load_aar(path, sat, device="cpu"):
+    """Checkpoint of stage 2 -> (generator, name and fingerprint of its embedder). Raises UserError if its tokenizer is
+    another one."""
+    state = load_checkpoint(path, "aar")
+    if state["sat"] != fingerprint(sat):
+        raise UserError(f"{path} was trained on the tokenizer {state['sat']}, not on this one, {fingerprint(sat)}: "
+                        "give the --sat that it was trained with")
+    aar = AAR(AARConfig(**state["config"]))
+    aar.load_state_dict(state["parts"]["aar"])
+    return aar.to(device).eval().requires_grad_(False), state["embedder"], state["clap"]
 
 
 def fingerprint(model):
@@ -1120,22 +1132,25 @@ def plan_from(plan: TrainConfig, args):
     return replace(plan, **given)
 
 
-def learning_rate(step, train: TrainConfig):
+def learning_rate(step, plan: TrainConfig):
     """Linear warm-up, then a cosine down to 1% at the last step."""
-    warm_up = round(train.warm_up * train.steps)
+    warm_up = round(plan.warm_up * plan.steps)
     if step < warm_up:
-        return train.lr * (step + 1) / warm_up
-    u = (step - warm_up) / max(1, train.steps - warm_up)
-    return train.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(u, 1.0))))
+        return plan.lr * (step + 1) / warm_up
+    u = (step - warm_up) / max(1, plan.steps - warm_up)
+    return plan.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(u, 1.0))))
 
 
-def batches(data, plan: TrainConfig, start, stop=None):
-    """The batches of steps `start`, `start` + 1, ...: (wav (B, 1, N), names), decoded ahead in other processes."""
-    places = range(start * plan.batch, stop or plan.steps * plan.batch)
+def batches(data, batch, places):
+    """Batches (wav (B, 1, N), names) of data[i] for i in `places`, decoded ahead in other processes."""
     workers = min(4, max(1, (os.cpu_count() or 1) // 2))
-    return iter(torch.utils.data.DataLoader(data, plan.batch, sampler=places, num_workers=workers, prefetch_factor=4,
+    return iter(torch.utils.data.DataLoader(data, batch, sampler=places, num_workers=workers, prefetch_factor=4,
                                             pin_memory=torch.cuda.is_available(),
                                             generator=torch.Generator()))    # so that it draws no number from ours
+
+
+class Stopped(UserError):
+    """The user asked for it, and nothing is lost."""
 
 
 class Stop:
@@ -1191,9 +1206,10 @@ class Log:
         row = {"step": step} | {part: value / n for part, value in self.sums.items()} | more
         row |= {"s_per_step": seconds / n, "waited": self.waited / seconds}
         self.history.append(row)
-        text = {k: " ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in (v if isinstance(v, list) else [v]))
-                for k, v in row.items()}
-        self.bar.write("  ".join(f"{k} {v}" for k, v in text.items()))
+
+        def short(x):
+            return " ".join(map(short, x)) if isinstance(x, list) else f"{x:.2f}" if isinstance(x, float) else str(x)
+        self.bar.write("  ".join(f"{name} {short(value)}" for name, value in row.items()))
         self.clear()
 
 
@@ -1201,7 +1217,11 @@ def command_line(main):
     """Run a script's main(); what the user can mend ends in one line and exit code 2, without a traceback."""
     try:
         main()
-    except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    except Stopped as e:
+        print(e)
+        sys.exit(130)
+    except UserError as e:                                            # one from a worker brings the worker's traceback along
+        print("error:", str(e).rpartition("UserError: ")[2].strip(), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("stopped", file=sys.stderr) or 130)
+        sys.exit(130)

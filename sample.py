@@ -20,9 +20,10 @@ from aar import UserError
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ref", metavar="FILE", help="sound to make variations of")
-    p.add_argument("--text", metavar="WORDS", help="what to make a sound of")
-    p.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--ref", metavar="FILE", help="sound to make variations of")
+    what.add_argument("--text", metavar="WORDS", help="what to make a sound of")
+    what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
     p.add_argument("--scales", type=int, metavar="K", help="for --reconstruct: only the first K scales")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2 (default: aar.pt)")
@@ -68,8 +69,10 @@ def main(argv=None):
             write(f"{Path(path).stem}.reconstruction-{n}-of-{K}-scales.wav", reconstruct(sat, wav.to(device), n))
         return
 
-    model, kind = aar.load_aar(args.aar, sat, device)
+    model, kind, clap = aar.load_aar(args.aar, sat, device)
     embedder = aar.build_embedder(kind, config.sample_rate, args.clap).to(device)
+    if aar.fingerprint(embedder) != clap:
+        raise UserError(f"--clap {args.clap} is not the checkpoint that {args.aar} was trained with")
     generator = torch.Generator(device).manual_seed(args.seed)
     if args.top_k > config.V:
         raise UserError(f"--top-k {args.top_k}: there are only {config.V} codes")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import aar
-from aar import AAR, PRESETS, UserError
+from aar import AAR, PRESETS
 
 
 def arguments(argv=None):
@@ -50,10 +50,13 @@ def train(args, sat, embedder, config, plan, device):
     """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds."""
     torch.manual_seed(args.seed)
     model = AAR(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), plan.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]       # only these decay
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], plan.lr,
+                                  betas=(0.9, 0.95), weight_decay=0.05)
     parts = {"aar": model, "optimizer": optimizer}
-    start, history = aar.begin(args, "aar", config, plan, parts)
-    extra = {"sat": aar.fingerprint(sat), "embedder": args.embedder}
+    run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
+    start, history = aar.begin(args, "aar", config, plan, parts, **run)
     data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {data}, "
           f"{sum(config.scales)} tokens, {'next-token' if config.next_token else 'next-scale'}")
@@ -77,10 +80,10 @@ def train(args, sat, embedder, config, plan, device):
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             log.write(step + 1, **validate(model, sat, *held))
-            aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **extra)
+            aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
             listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
             if stop.asked:
-                raise UserError(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
+                raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
 
 def losses(model, sat, r, cond):
@@ -99,7 +102,7 @@ def per_scale(x, scales):
 
 def unigram_loss(tokens, held_back, V):
     """Cross-entropy of held-back tokens (n, L) under the counts (plus one) of each code at each place: (L,)."""
-    counts = torch.ones(tokens.shape[1], V).scatter_add_(1, tokens.T.long(), torch.ones(tokens.T.shape))
+    counts = 1.0 + torch.stack([torch.bincount(place, minlength=V) for place in tokens.T])          # (L, V)
     return -(counts / counts.sum(1, keepdim=True)).log().gather(1, held_back.T.long()).mean(1)
 
 
@@ -122,7 +125,8 @@ def tokenize(args, sat, embedder, data, n, name):
     They are kept in a file beside the checkpoint and made anew when the tokenizer, the embedder or the sounds changed.
     """
     cache = Path(args.out).with_suffix(f".{name}.pt")
-    key = hashlib.sha1(repr((aar.fingerprint(sat), args.embedder, aar.fingerprint(embedder), n, data.key())).encode()).hexdigest()
+    key = repr((aar.fingerprint(sat), args.embedder, aar.fingerprint(embedder), n, data.key()))
+    key = hashlib.sha1(key.encode()).hexdigest()
     if cache.is_file():
         try:
             state = torch.load(cache, weights_only=True)
@@ -131,8 +135,7 @@ def tokenize(args, sat, embedder, data, n, name):
         except Exception:                                             # truncated or foreign: made anew
             pass
     device, tokens, cond = next(sat.parameters()).device, [], []
-    plan = aar.TrainConfig(steps=math.ceil(n / 16), batch=16, lr=0)
-    for wav, _ in tqdm(aar.batches(data, plan, 0, n), total=plan.steps, desc=f"{name} tokens", unit="batch"):
+    for wav, _ in tqdm(aar.batches(data, 16, range(n)), total=math.ceil(n / 16), desc=f"{name} tokens", unit="batch"):
         wav = wav.to(device)
         tokens.append(torch.cat(sat.encode(wav), 1).short().cpu())
         cond.append(embedder(wav).cpu())

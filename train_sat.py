@@ -57,7 +57,7 @@ def train(args, config, plan, device):
     optimizer, d_optimizer = (torch.optim.AdamW(m.parameters(), plan.lr, betas=(0.8, 0.99), weight_decay=0.01)
                               for m in (sat, discriminators))
     parts = {"sat": sat, "discriminators": discriminators, "optimizer": optimizer, "d_optimizer": d_optimizer}
-    start, history = aar.begin(args, "sat", config, plan, parts)
+    start, history = aar.begin(args, "sat", config, plan, parts, seed=args.seed)
     data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
     mel_loss = MelLoss(config.sample_rate).to(device)
     quantize_at, adversarial_at = (round(share * plan.steps) for share in (plan.quantize_at, plan.adversarial_at))
@@ -65,17 +65,18 @@ def train(args, config, plan, device):
           f"{sum(config.scales)} tokens per {config.seconds:g} s: scales {config.scales}")
 
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
-    log, stop = aar.Log(bar, history), aar.Stop()
-    loader = aar.batches(data, plan, start)
+    log, stop = aar.Log(bar, history), aar.Stop()                     # before the workers, which must not die of Ctrl-C
+    loader = aar.batches(data, plan.batch, range(start * plan.batch, plan.steps * plan.batch))
     for step in bar:
         wav, names = log.wait(loader)
         wav = wav.to(device, non_blocking=True)
         for group in (*optimizer.param_groups, *d_optimizer.param_groups):
             group["lr"] = aar.learning_rate(step, plan)
         if step == quantize_at:
-            first = torch.cat([data[i][0] for i in range(8 * plan.batch)]).unsqueeze(1).to(device)
+            # Start the codebooks on the first V clips, so that scale 1, one vector a clip, has one for each code.
+            first = aar.batches(data, plan.batch, range(config.V))
             with torch.no_grad():
-                sat.quantizer.start(torch.cat([sat.latents(x) for x in first.split(plan.batch)]))
+                sat.quantizer.quantize(torch.cat([sat.latents(x.to(device)) for x, _ in first]), kmeans=True)
 
         with aar.bfloat16(device):
             if step < quantize_at:
@@ -104,9 +105,9 @@ def train(args, config, plan, device):
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back, Path(args.out).with_suffix(".wav"))))
-            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts)
+            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, seed=args.seed)
             if stop.asked:
-                raise UserError(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
+                raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
 
 @torch.no_grad()
@@ -114,7 +115,6 @@ def evaluate(sat, held_back, waves=None):
     """Reconstruct all held-back clips; returns numbers, with per-scale lists of codes in use and of perplexity."""
     config, device = sat.config, next(sat.parameters()).device
     mel = Mel(config.sample_rate, 1024, 80).to(device)
-    windows = [(w, torch.hann_window(w, device=device)) for w in (512, 1024, 2048)]
     counts = torch.zeros(len(config.scales), config.V, device=device)
     rows = []
     training = sat.training
@@ -124,12 +124,8 @@ def evaluate(sat, held_back, waves=None):
         y, tokens, _ = sat(x)
         for k, r_k in enumerate(tokens):
             counts[k] += torch.bincount(r_k.flatten(), minlength=config.V)
-        spectra = [[torch.stft(z.squeeze(1), w, w // 4, window=hann, return_complex=True).abs() for z in (x, y)]
-                   for w, hann in windows]
-        stft = sum((a - b).norm(dim=(1, 2)) / a.norm(dim=(1, 2)).clamp(min=1e-5) for a, b in spectra) / len(windows)
-        target = (x * y).sum(-1) / x.square().sum(-1).clamp(min=1e-8) * x.transpose(1, 2).squeeze(-1)
-        sdr = 10 * torch.log10((target.square().sum(-1) + 1e-8) / ((target - y.squeeze(1)).square().sum(-1) + 1e-8))
-        rows.append(torch.stack([aar.log_mel_distance(mel, x, y), stft, sdr], 1))
+        distance = sum(spectral_distance(x.squeeze(1), y.squeeze(1), w) for w in (512, 1024, 2048)) / 3
+        rows.append(torch.stack([aar.log_mel_distance(mel, x, y), distance, si_sdr(x.squeeze(1), y.squeeze(1))], 1))
         if waves and len(rows) == 1:
             pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
             aar.save_audio(waves, pairs, config.sample_rate)
@@ -138,6 +134,19 @@ def evaluate(sat, held_back, waves=None):
     means = torch.cat(rows).mean(0).tolist()
     return {"log_mel_dB": means[0], "stft": means[1], "si_sdr_dB": means[2], "used": (counts > 0).sum(1).tolist(),
             "perplexity": torch.special.entr(p).sum(1).exp().round().int().tolist()}
+
+
+def spectral_distance(x, y, window):
+    """Spectral convergence: |X - Y| / |X| of the magnitude spectrograms of x, y (B, N) -> (B,)."""
+    X, Y = (torch.stft(z, window, window // 4, window=torch.hann_window(window, device=z.device), return_complex=True).abs()
+            for z in (x, y))
+    return (X - Y).norm(dim=(1, 2)) / X.norm(dim=(1, 2)).clamp(min=1e-5)
+
+
+def si_sdr(x, y):
+    """Scale-invariant signal-to-distortion ratio of y to x (B, N) -> (B,), in dB."""
+    target = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp(min=1e-8) * x
+    return 10 * ((target.square().sum(1) + 1e-8) / ((y - target).square().sum(1) + 1e-8)).log10()
 
 
 if __name__ == "__main__":
