@@ -113,7 +113,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
                    AARConfig(depth=3, V=256, latent=32),
-                   TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.9),
+                   TrainConfig(steps=3000, batch=4, lr=1e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=1e-3, crops=8000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
@@ -296,6 +296,23 @@ class MSRQ(nn.Module):
 # Codec: SEANet encoder and decoder as in EnCodec (Fig. 2, left)
 # ---------------------------------------------------------------------------------------------------------------
 
+class Conv1d(nn.Conv1d):
+    """As in torch, but with the channels of a sample side by side in memory: about 15% of a step of stage 1 on a CPU."""
+
+    def forward(self, x):
+        weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x[:, :, None], weight, None, (1, self.stride[0]), (0, self.padding[0])).squeeze(2)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """The same for the upsampling."""
+
+    def forward(self, x):
+        weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x[:, :, None], weight, None, (1, self.stride[0]), (0, self.padding[0]),
+                                  (0, self.output_padding[0])).squeeze(2)
+
+
 def conv(kind, *args, gain=1.0, bias=False, **kwargs):
     """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
@@ -321,9 +338,9 @@ class Residual(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.block = nn.Sequential(nn.ELU(), conv(nn.Conv1d, c, c // 2, 3, padding=1),
-                                   nn.ELU(), conv(nn.Conv1d, c // 2, c, 1))
-        self.skip = conv(nn.Conv1d, c, c, 1)
+        self.block = nn.Sequential(nn.ELU(), conv(Conv1d, c, c // 2, 3, padding=1),
+                                   nn.ELU(), conv(Conv1d, c // 2, c, 1))
+        self.skip = conv(Conv1d, c, c, 1)
 
     def forward(self, x):
         return self.skip(x) + self.block(x)
@@ -345,13 +362,13 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width
-        layers = [conv(nn.Conv1d, 1, c, 7, padding=3, gain=LOUDNESS)]
+        layers = [conv(Conv1d, 1, c, 7, padding=3, gain=LOUDNESS)]
         for r in config.strides:
-            layers += [Residual(c), nn.ELU(), conv(nn.Conv1d, c, 2 * c, 2 * r, stride=r, padding=(r + 1) // 2)]
+            layers += [Residual(c), nn.ELU(), conv(Conv1d, c, 2 * c, 2 * r, stride=r, padding=(r + 1) // 2)]
             c *= 2
         if config.lstm:
             layers += [LSTM(c, config.lstm)]
-        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d, c, config.latent, 7, padding=3))
+        super().__init__(*layers, nn.ELU(), conv(Conv1d, c, config.latent, 7, padding=3))
 
 
 class Decoder(nn.Sequential):
@@ -359,14 +376,14 @@ class Decoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width * 2 ** len(config.strides)
-        layers = [conv(nn.Conv1d, config.latent, c, 7, padding=3)]
+        layers = [conv(Conv1d, config.latent, c, 7, padding=3)]
         if config.lstm:
             layers += [LSTM(c, config.lstm)]
         for r in reversed(config.strides):
-            layers += [nn.ELU(), conv(nn.ConvTranspose1d, c, c // 2, 2 * r, stride=r, padding=(r + 1) // 2,
+            layers += [nn.ELU(), conv(ConvTranspose1d, c, c // 2, 2 * r, stride=r, padding=(r + 1) // 2,
                                                       output_padding=r % 2), Residual(c // 2)]
             c //= 2
-        super().__init__(*layers, nn.ELU(), conv(nn.Conv1d, c, 1, 7, padding=3, gain=1 / LOUDNESS))
+        super().__init__(*layers, nn.ELU(), conv(Conv1d, c, 1, 7, padding=3, gain=1 / LOUDNESS))
 
 
 class SAT(nn.Module):
