@@ -113,8 +113,11 @@ class Preset:
 PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
                    AARConfig(depth=3, V=256, latent=32),
-                   TrainConfig(steps=3000, batch=4, lr=1e-3, adversarial_at=0.9),
+                   TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=1e-3, crops=8000)),
+    "small": Preset(SATConfig(width=16, lstm=0, V=1024, disc_width=8), AARConfig(depth=6),
+                    TrainConfig(steps=5000, batch=4, lr=1e-3, adversarial_at=0.9),
+                    TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
                     TrainConfig(steps=400_000, batch=64, lr=1e-4, warm_up=0.01, crops=4_000_000)),
@@ -909,7 +912,10 @@ TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz"
 
 
 def toy_sound(kind, rng, sample_rate, samples):
-    """A sound of one of ten kinds with random parameters from the numpy generator `rng`: (1, samples) float32."""
+    """A sound of one of ten kinds with random parameters from the numpy generator `rng`: (1, samples) float32.
+
+    As in a recording there is a little noise, at -45 dB.
+    """
     t, u = np.arange(samples) / sample_rate, rng.uniform
     noise = rng.standard_normal(samples)
 
@@ -918,7 +924,6 @@ def toy_sound(kind, rng, sample_rate, samples):
 
     def decay(rate):
         return np.exp(-rate * t)
-    f = {"pluck": u(150, 600), "bell": u(400, 900), "siren": u(600, 1000), "bird": u(2500, 4500), "buzz": u(70, 160)}.get(kind)
     if kind == "kick":
         x = tone(u(40, 60) + u(100, 200) * decay(u(25, 45))) * decay(u(5, 9))
     elif kind == "snare":
@@ -926,21 +931,27 @@ def toy_sound(kind, rng, sample_rate, samples):
     elif kind == "hat":
         x = np.diff(noise, 2, prepend=[0, 0]) * decay(u(25, 60))
     elif kind == "pluck":
+        f = u(150, 600)
         x = sum(tone(f * h) * decay(2 * h + u(1, 3)) / h for h in range(1, 9))
     elif kind == "bell":
+        f = u(400, 900)
         x = sum(tone(f * h) * decay(u(0.5, 1.5) * h) / h for h in (1, 2.76, 5.4, 8.93))
     elif kind == "siren":
-        x = tone(f + f * u(0.2, 0.4) * np.sin(2 * np.pi * u(2, 4) * t))
+        f = u(600, 1000)
+        hz = f + f * u(0.2, 0.4) * np.sin(2 * np.pi * u(2, 4) * t)
+        x = sum(tone(hz * h) / h for h in range(1, 6))
     elif kind == "bird":
+        f = u(2500, 4500)
         phase = t * u(4, 8) % 1
         x = tone(f * (1 + u(0.2, 0.5) * phase)) * (phase < 0.6) * np.sin(np.pi * phase / 0.6)
     elif kind == "wind":
         x = np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * np.sin(2 * np.pi * u(0.5, 2) * t + u(0, 6)))
     elif kind == "buzz":
+        f = u(70, 160)
         x = sum(tone(f * h) / h for h in range(1, 25))
     else:
         x = np.convolve((np.diff(t * u(6, 14) % 1, prepend=0) < 0), noise[:200] * np.exp(-np.arange(200) / u(15, 40)))[:samples]
-    x = x / (np.abs(x).max() + 1e-9) * 10 ** (u(-12, -1) / 20)
+    x = x / (np.abs(x).max() + 1e-9) * 10 ** (u(-12, -2) / 20) + 10 ** (-45 / 20) * rng.standard_normal(samples)
     return torch.from_numpy(x.astype(np.float32))[None]
 
 

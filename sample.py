@@ -114,9 +114,9 @@ def reconstruct(sat, wav, n):
 
 
 def mfcc_statistics(wav, sample_rate):
-    """Mean and deviation over time of 20 mel-frequency cepstra, (40,): an embedding that no training uses."""
+    """Mean and deviation over time of 13 mel-frequency cepstra, (26,): an embedding that no training uses."""
     from librosa.feature import mfcc
-    c = mfcc(y=wav.squeeze(0).cpu().numpy(), sr=sample_rate, n_mfcc=20)
+    c = mfcc(y=wav.squeeze(0).cpu().numpy(), sr=sample_rate, n_mfcc=13)
     return np.concatenate([c.mean(1), c.std(1)])
 
 
