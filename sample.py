@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,14 @@ def main(argv=None):
         n = args.scales or K
         print(f"device {device}, the first {n} of {K} scales: {sum(config.scales[:n])} tokens per {config.seconds:g} s window")
         for path in args.reconstruct:
-            wav = aar.load_audio(path, config.sample_rate)
+            try:
+                wav = aar.load_audio(path, config.sample_rate)
+            except UserError as e:                                    # one bad file must not stop the others
+                print(f"skipped {e}", file=sys.stderr)
+                continue
             write(f"{Path(path).stem}.reconstruction-{n}-of-{K}-scales.wav", reconstruct(sat, wav.to(device), n))
+        if not written:
+            raise UserError("no file could be read")
         return
 
     model, kind, clap = aar.load_aar(args.aar, sat, device)
