@@ -114,7 +114,7 @@ PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
                    AARConfig(depth=3, V=256, latent=32),
                    TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.9),
-                   TrainConfig(steps=2000, batch=8, lr=1e-3, crops=8000)),
+                   TrainConfig(steps=2000, batch=8, lr=3e-3, crops=4000)),
     "small": Preset(SATConfig(width=16, lstm=0, V=1024, disc_width=8), AARConfig(depth=6),
                     TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.7),
                     TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
@@ -665,7 +665,7 @@ class AAR(nn.Module):
         return self.logits(x, mods, head, self.mask)
 
     @torch.inference_mode()
-    def generate(self, cond, sat, cfg=2.0, top_k=0, top_p=1.0, generator=None):
+    def generate(self, cond, sat, cfg=3.0, top_k=0, top_p=0.8, generator=None):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
 
         cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), and the logits are

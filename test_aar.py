@@ -396,6 +396,19 @@ def test_log_mel_distance():
     torch.testing.assert_close(aar.log_mel_distance(mel, x, y), torch.tensor([0.0, 20 * math.log10(2)]), rtol=0, atol=1e-2)
 
 
+def test_distances_that_the_evaluation_prints():
+    """SI-SDR of a sound plus orthogonal noise of a tenth of its size is 20 dB, at any level; half the sound is half a spectrum."""
+    x = noise(3, 8000)
+    n = noise(3, 8000, seed=2)
+    n = n - (n * x).sum(1, keepdim=True) / x.square().sum(1, keepdim=True) * x
+    n = n / n.norm(dim=1, keepdim=True) * x.norm(dim=1, keepdim=True) / 10
+    for level in (1.0, 0.1):
+        torch.testing.assert_close(train_sat.si_sdr(x, level * (x + n)), torch.full((3,), 20.0), rtol=1e-3, atol=1e-2)
+    for window in (512, 2048):
+        torch.testing.assert_close(train_sat.spectral_distance(x, 0.5 * x, window), torch.full((3,), 0.5))
+        assert train_sat.spectral_distance(x, x, window).max() == 0
+
+
 def test_mel_loss_is_smallest_for_the_same_sound():
     """Zero for equal sounds, more for a sound that differs more, finite with a finite gradient in silence."""
     loss, x = MelLoss(24000), noise(1, 1, 24000)

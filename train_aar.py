@@ -65,18 +65,22 @@ def train(args, sat, embedder, config, plan, device):
     print(f"ln V = {math.log(config.V):.3f} is the loss of guessing; knowing only how often each code stands at each place: "
           + " ".join(f"{x:.2f}" for x in per_scale(unigram_loss(tokens, held[0], config.V), config.scales)))
 
+    # The few coarse tokens decide what the sound is: a token of scale k weighs 1 / sqrt(s_k).
+    weight = torch.cat([torch.full((s,), s ** -0.5) for s in config.scales]).to(device)
+    weight /= weight.mean()
+
     bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
     log, stop = aar.Log(bar, history), aar.Stop()
     for step in bar:
         pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
         for group in optimizer.param_groups:
             group["lr"] = aar.learning_rate(step, plan)
-        loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device))[0].mean()
+        loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device))[0]
         optimizer.zero_grad()
-        loss.backward()
+        (loss * weight).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss, norm=norm)
+        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss.mean(), norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             log.write(step + 1, **validate(model, sat, *held))
