@@ -116,7 +116,7 @@ PRESETS = {
                    TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=3e-3, crops=4000)),
     "small": Preset(SATConfig(width=16, lstm=0, V=1024, disc_width=8), AARConfig(depth=6),
-                    TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.7),
+                    TrainConfig(steps=6000, batch=4, lr=1e-3, adversarial_at=0.9),
                     TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
@@ -304,7 +304,7 @@ class Conv1d(nn.Conv1d):
 
     def forward(self, x):
         weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x[:, :, None], weight, None, (1, self.stride[0]), (0, self.padding[0])).squeeze(2)
+        return F.conv2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0])).squeeze(2)
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
@@ -312,7 +312,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
     def forward(self, x):
         weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        return F.conv_transpose2d(x[:, :, None], weight, None, (1, self.stride[0]), (0, self.padding[0]),
+        return F.conv_transpose2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0]),
                                   (0, self.output_padding[0])).squeeze(2)
 
 
@@ -320,8 +320,7 @@ def conv(kind, *args, gain=1.0, bias=False, **kwargs):
     """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
     That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike
-    to the quantizer. The codec has no biases: encoder and decoder turn
-    silence into silence.
+    to the quantizer. The codec has no biases: encoder and decoder turn silence into silence.
     """
     module = kind(*args, bias=bias, **kwargs)
     taps = math.prod(module.kernel_size) * module.in_channels
