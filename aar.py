@@ -633,9 +633,9 @@ class AAR(nn.Module):
         for layer in self.layers:                                              # 2 d branches add to the residual stream
             for out in (layer.attention.proj, layer.mlp[2]):
                 out.weight.data /= math.sqrt(2 * config.depth)
-        nn.init.zeros_(self.adaln.weight)                                      # at the start every clip is modulated
         nn.init.zeros_(self.head.weight)                                       # the first loss is ln V
-        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0   # alike: gates 1, the rest 0
+        nn.init.zeros_(self.adaln.weight)                                      # every clip starts with gates 1, the rest 0
+        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0
 
     def condition(self, cond):
         """Condition (B, cond_dim) -> start token (B, 1, C), modulations of the layers and of the head.
@@ -714,9 +714,9 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 class MelEmbedder(nn.Module):
-    """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512), unit length.
+    """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512) of unit length.
 
-    (Silence: 0.) A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
+    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
     loses its mean (so that loudness matters little) and goes through a 2-D cosine transform, of which the lowest
     32 (pitch) x 16 (time) coefficients are kept.
     """
