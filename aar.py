@@ -716,9 +716,9 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
 class MelEmbedder(nn.Module):
     """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512) of unit length.
 
-    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns,
-    loses its mean (so that loudness matters little) and goes through a 2-D cosine transform, of which the lowest
-    32 (pitch) x 16 (time) coefficients are kept.
+    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns, loses
+    its mean (so that loudness matters little) and goes through a 2-D cosine transform, of which the lowest 32 (pitch) x
+    16 (time) coefficients are kept.
     """
     dim = 512
 
@@ -744,7 +744,8 @@ def clap_tensors(path):
         raise UserError(f"no CLAP checkpoint at {path}: {GET_CLAP}")
     # weights_only=True runs no code from the file. The published files hold numpy scalars (numpy 2 renamed core to _core).
     scalar = np.float64(0).__reduce__()[0]
-    safe = [np.dtype, *(type(np.dtype(t)) for t in "fdl"), *((scalar, f"numpy.{c}.multiarray.scalar") for c in ("core", "_core"))]
+    safe = [np.dtype, *(type(np.dtype(t)) for t in "fdl"),
+            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(safe):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -755,7 +756,7 @@ def clap_tensors(path):
 
 
 def load_part(module, tensors, part):
-    """The module with the tensors named `part`.*, frozen. Raises UserError if one is missing, unknown or of another shape."""
+    """The module with the tensors named `part`.*, frozen. Raises UserError if one is missing or of another shape."""
     own = {name.removeprefix(part + "."): t for name, t in tensors.items() if name.startswith(part + ".")}
     own.pop("embeddings.position_ids", None)                          # 0, 1, 2, ...: older transformers saved it
     try:
@@ -824,7 +825,8 @@ class CLAP(nn.Module):
         if self.text_branch is None:
             self.build_text()
         device = self.text_projection[0].weight.device
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").to(device)
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+        tokens = tokens.to(device)
         x = self.text_branch(tokens.input_ids, tokens.attention_mask).pooler_output
         return F.normalize(self.text_projection(x), dim=-1)
 
@@ -845,14 +847,14 @@ class CLAP(nn.Module):
             seen = len(self.tokenizer)
         except Exception:                                             # no folder, or broken files
             seen = 0
-        if seen != 50265:                                             # a wordless tokenizer makes all prompts the same, silently
+        if seen != 50265:                                             # without words all prompts would be the same, silently
             raise UserError(f"CLAP's tokenizer has {seen} of its 50265 tokens: get vocab.json and merges.txt "
                             f"from https://huggingface.co/roberta-base and put both into {here}")
         width = tensors["text_branch.embeddings.word_embeddings.weight"].shape[1]
         layers = sum(name.endswith(".intermediate.dense.weight") for name in tensors)
-        config = RobertaConfig(vocab_size=50265, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-                               intermediate_size=4 * width, max_position_embeddings=514, type_vocab_size=1,
-                               layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+        config = RobertaConfig(vocab_size=50265, hidden_size=width, num_hidden_layers=layers,
+                               num_attention_heads=width // 64, intermediate_size=4 * width, max_position_embeddings=514,
+                               type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2)
         device = self.audio_projection[0].weight.device
         branch = load_part(RobertaModel(config), tensors, "text_branch").to(device)
         self.text_projection = load_part(self.projection(width), tensors, "text_projection").to(device)
@@ -883,7 +885,8 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
             file.seek(min(int(start * rate), file.frames))
             x = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as e:
-        raise UserError(f"{path}: not a readable sound file ({str(e).strip().splitlines()[-1] if str(e) else type(e).__name__})")
+        why = str(e).strip().splitlines()[-1] if str(e) else type(e).__name__
+        raise UserError(f"{path}: not a readable sound file ({why})")
     if not x.size:
         raise UserError(f"{path}: holds no samples")
     if not np.isfinite(x).all():
@@ -949,7 +952,8 @@ def toy_sound(kind, rng, sample_rate, samples):
         f = u(70, 160)
         x = sum(tone(f * h) / h for h in range(1, 25))
     else:
-        x = np.convolve((np.diff(t * u(6, 14) % 1, prepend=0) < 0), noise[:200] * np.exp(-np.arange(200) / u(15, 40)))[:samples]
+        times = np.diff(t * u(6, 14) % 1, prepend=0) < 0
+        x = np.convolve(times, noise[:200] * np.exp(-np.arange(200) / u(15, 40)))[:samples]
     x = x / (np.abs(x).max() + 1e-9) * 10 ** (u(-12, -2) / 20) + 10 ** (-45 / 20) * rng.standard_normal(samples)
     return torch.from_numpy(x.astype(np.float32))[None]
 
@@ -980,7 +984,8 @@ class SoundFolder(torch.utils.data.Dataset):
 
     Every epoch visits each file once in a new order, at a random place that is not silent if there is one. Short sounds
     are padded with silence. Of the files, 5% are held back for validation, by a hash of their path in the folder, so that
-    more files move none of them (in a small folder: the one of the lowest hash; a single file serves both purposes). Raises UserError if there is no sound, or if more than half of the files are unreadable.
+    more files move none of them (in a small folder: the one of the lowest hash; a single file serves both purposes).
+    Raises UserError if there is no sound, or if more than half of the files are unreadable.
     """
     SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split())
 
@@ -1003,8 +1008,9 @@ class SoundFolder(torch.utils.data.Dataset):
             else:
                 self.bad.append(path)
         if not paths or len(self.bad) > len(self.files):
-            raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable"
-                            + "".join(f", such as {path}" for path in self.bad[:1]) + f"; give a folder of {' '.join(sorted(self.SUFFIXES))}")
+            example = f", such as {self.bad[0]}" if self.bad else ""
+            raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable{example}; "
+                            f"give a folder of {' '.join(sorted(self.SUFFIXES))}")
         hashes = {path: zlib.crc32(path.relative_to(root).as_posix().encode()) for path, _ in self.files}
         self.files.sort(key=lambda file: hashes[file[0]])
         n = max(1, sum(h < 2 ** 32 // 20 for h in hashes.values()))

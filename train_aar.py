@@ -55,7 +55,8 @@ def train(args, sat, embedder, config, plan, device):
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], plan.lr,
                                   betas=(0.9, 0.95), weight_decay=0.05)
     parts = {"aar": model, "optimizer": optimizer}
-    run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
+    run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder,
+           "clap": aar.fingerprint(embedder)}
     start, history = aar.begin(args, "aar", config, plan, parts, **run)
     data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {data}, "
@@ -155,7 +156,8 @@ def listen(model, sat, held_back, cond, path, n=4):
     y = sat.decode(model.generate(cond[:n].to(device), sat, generator=torch.Generator(device).manual_seed(0))).cpu()
     model.train()
     pause = torch.zeros(1, sample_rate // 5)
-    aar.save_audio(path, torch.cat([part for i in range(len(y)) for part in (held_back[i][0], pause, y[i], pause)], -1), sample_rate)
+    pairs = [torch.cat([held_back[i][0], pause, y[i], pause], -1) for i in range(len(y))]
+    aar.save_audio(path, torch.cat(pairs, -1), sample_rate)
 
 
 if __name__ == "__main__":
