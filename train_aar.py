@@ -63,8 +63,9 @@ def train(args, sat, embedder, config, plan, device):
           f"{sum(config.scales)} tokens, {'next-token' if config.next_token else 'next-scale'}")
     tokens, cond = tokenize(args, sat, embedder, data, min(plan.crops, plan.steps * plan.batch), "training")
     held = tokenize(args, sat, embedder, held_back, len(held_back), "validation")
+    unigram = unigram_loss(tokens, held[0], config.V)
     print(f"ln V = {math.log(config.V):.3f} is the loss of guessing; knowing only how often each code stands at each place: "
-          + " ".join(f"{x:.2f}" for x in per_scale(unigram_loss(tokens, held[0], config.V), config.scales)))
+          f"{unigram.mean():.2f}, per scale " + " ".join(f"{x:.2f}" for x in per_scale(unigram, config.scales)))
 
     # The few coarse tokens decide what the sound is: a token of scale k weighs 1 / sqrt(s_k).
     weight = torch.cat([torch.full((s,), s ** -0.5) for s in config.scales]).to(device)
