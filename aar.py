@@ -879,6 +879,8 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
     Raises UserError for what is not a readable sound.
     """
     import soundfile
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -1007,6 +1009,8 @@ class SoundFolder(torch.utils.data.Dataset):
                 self.files.append((path, seconds))
             else:
                 self.bad.append(path)
+                if not held_back:                                     # once, not for both halves of the data
+                    print(f"skipped {path}: not a readable sound file", file=sys.stderr)
         if not paths or len(self.bad) > len(self.files):
             example = f", such as {self.bad[0]}" if self.bad else ""
             raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable{example}; "

@@ -41,7 +41,8 @@ def main(argv=None):
         sat = aar.load_sat(args.eval, device)
         held_back = aar.sounds(args.data, sat.config, args.seed, held_back=True)
         print(f"device {device}, {args.eval} on {len(held_back)} held-back clips")
-        print("\n".join(f"{name:24s} {value}" for name, value in evaluate(sat, held_back).items()))
+        for name, value in evaluate(sat, held_back).items():
+            print(f"{name:12s} {f'{value:.2f}' if isinstance(value, float) else value}")
         return
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
     config = dataclasses.replace(preset.sat, schedule=args.schedule)
