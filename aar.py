@@ -113,10 +113,10 @@ class Preset:
 PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
                    AARConfig(depth=3, V=256, latent=32),
-                   TrainConfig(steps=3000, batch=4, lr=1.5e-3, adversarial_at=0.9),
+                   TrainConfig(steps=3000, batch=4, lr=3e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=3e-3, crops=4000)),
     "small": Preset(SATConfig(width=16, lstm=0, V=1024, disc_width=8), AARConfig(depth=6),
-                    TrainConfig(steps=6000, batch=4, lr=1e-3, adversarial_at=0.9),
+                    TrainConfig(steps=6000, batch=4, lr=3e-3, adversarial_at=0.9),
                     TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
@@ -536,9 +536,17 @@ class MelLoss(nn.Module):
         self.mels = nn.ModuleList(Mel(sample_rate, 2 ** i, 5 * 2 ** i // 32) for i in range(5, 12))
 
     def forward(self, x, y):
-        # The added floor of -70 dB keeps the gradient of the logarithm small in silence.
-        pairs = [((mel(x) + 3e-4).log10(), (mel(y) + 3e-4).log10()) for mel in self.mels]
+        # The added floor of -80 dB keeps the gradient of the logarithm small in silence.
+        pairs = [((mel(x) + 1e-4).log10(), (mel(y) + 1e-4).log10()) for mel in self.mels]
         return sum(F.l1_loss(a, b) + F.mse_loss(a, b) for a, b in pairs)
+
+
+def wave_loss(x, y):
+    """Energy of the error relative to the energy of the sound, mean over clips: spectra alone never teach the phases.
+
+    x, y (B, 1, N); the added 1e-5 is -50 dB.
+    """
+    return ((x - y).square().mean(-1) / (x.square().mean(-1) + 1e-5)).mean()
 
 
 def log_mel_distance(mel, x, y):
@@ -1163,7 +1171,8 @@ def pick_device(name=None):
 
 def plan_from(plan: TrainConfig, args):
     """The preset's plan with what the command line changed."""
-    given = {name: value for name in ("steps", "batch", "lr") if (value := getattr(args, name)) is not None}
+    given = {name: value for name in ("steps", "batch", "lr", "adversarial_at")
+             if (value := getattr(args, name, None)) is not None}
     if not all(0 < value < math.inf for value in given.values()):
         raise UserError(f"--steps, --batch and --lr must be above zero, got {given}")
     return replace(plan, **given)
@@ -1176,6 +1185,24 @@ def learning_rate(step, plan: TrainConfig):
         return plan.lr * (step + 1) / warm_up
     u = (step - warm_up) / max(1, plan.steps - warm_up)
     return plan.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(u, 1.0))))
+
+
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) for weights of any shape, each taken as a matrix (rows, the rest).
+
+    It makes all singular values of an update equal, so that quiet directions learn as fast as loud ones. The update of a
+    matrix has the size that AdamW's would have: both can share one learning rate.
+    """
+
+    def __init__(self, weights, lr):
+        self.weights = list(weights)
+        matrices = [nn.Parameter(w.detach().flatten(1)) for w in self.weights]      # the same memory
+        super().__init__(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def step(self):
+        for w, matrix in zip(self.weights, self.param_groups[0]["params"]):
+            matrix.grad = None if w.grad is None else w.grad.flatten(1)
+        super().step()
 
 
 def batches(data, batch, places):

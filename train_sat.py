@@ -1,20 +1,23 @@
 """Stage 1: train the tokenizer SAT on a folder of sounds, or without --data on the built-in toy sounds.
 
     python train_sat.py --data wavs/ --out sat.pt          train
-    python train_sat.py --data wavs/ --eval sat.pt         measure a checkpoint on the held-back clips
+    python train_sat.py --data wavs/ --eval sat.pt opus:12 a table of checkpoints, and of Opus, on the held-back clips
 """
 import argparse
 import dataclasses
+import io
+import math
 from pathlib import Path
 
+import soundfile
 import torch
 from tqdm import tqdm
 
 import aar
 from aar import PRESETS, SAT, Discriminators, Mel, MelLoss, UserError
 
-# What each part of the loss weighs: the released configuration.
-WEIGHTS = {"time": 0.1, "mel": 1.0, "vq": 1.0, "adversarial": 3.0, "feature": 3.0}
+# What each part of the loss weighs: the released configuration, and "wave", which is not in the paper.
+WEIGHTS = {"time": 0.1, "wave": 5.0, "mel": 1.0, "vq": 1.0, "adversarial": 3.0, "feature": 3.0}
 
 
 def arguments(argv=None):
@@ -29,8 +32,13 @@ def arguments(argv=None):
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
     p.add_argument("--schedule", default="quadratic", choices=["quadratic", "linear", "log"], help="scales, Fig. 5")
-    p.add_argument("--rvq", action="store_true", help="the baseline: residual VQ, 10 levels of all 75 frames, no phi")
-    p.add_argument("--eval", metavar="CHECKPOINT", help="train nothing, measure this checkpoint")
+    p.add_argument("--rvq", type=int, nargs="?", const=10, metavar="LEVELS",
+                   help="the baseline: residual VQ, LEVELS (default: 10) of all 75 frames, no phi")
+    p.add_argument("--phis", type=int, metavar="N", help="convolutions phi; 0: none (default: the preset's)")
+    p.add_argument("--adversarial-at", type=float, metavar="SHARE",
+                   help="the discriminators join after this share of the steps; 1: never (default: the preset's)")
+    p.add_argument("--eval", metavar="CHECKPOINT", nargs="+",
+                   help="train nothing, measure checkpoints and, as opus:KBITS, the Opus codec on the held-back clips")
     return p.parse_args(argv)
 
 
@@ -38,16 +46,13 @@ def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
     if args.eval:
-        sat = aar.load_sat(args.eval, device)
-        held_back = aar.sounds(args.data, sat.config, args.seed, held_back=True)
-        print(f"device {device}, {args.eval} on {len(held_back)} held-back clips")
-        for name, value in evaluate(sat, held_back).items():
-            print(f"{name:12s} {f'{value:.2f}' if isinstance(value, float) else value}")
-        return
+        return compare(args, device)
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
     config = dataclasses.replace(preset.sat, schedule=args.schedule)
-    if args.rvq:
-        config = dataclasses.replace(config, schedule="flat", n_scales=10, phis=0)
+    if args.phis is not None:
+        config = dataclasses.replace(config, phis=args.phis)
+    if args.rvq is not None:
+        config = dataclasses.replace(config, schedule="flat", n_scales=args.rvq, phis=0)
     train(args, config, aar.plan_from(preset.train_sat, args), device)
 
 
@@ -55,9 +60,12 @@ def train(args, config, plan, device):
     """Train SAT by `plan`; writes args.out and, beside it, a wave file of originals and reconstructions."""
     torch.manual_seed(args.seed)
     sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
-    optimizer, d_optimizer = (torch.optim.AdamW(m.parameters(), plan.lr, betas=(0.8, 0.99), weight_decay=0.01)
-                              for m in (sat, discriminators))
-    parts = {"sat": sat, "discriminators": discriminators, "optimizer": optimizer, "d_optimizer": d_optimizer}
+    matrices = [p for p in sat.parameters() if p.numel() > len(p)]
+    lengths = [p for p in sat.parameters() if p.numel() == len(p)]    # of weight norm
+    optimizers = {"muon": aar.Muon(matrices, plan.lr),
+                  "optimizer": torch.optim.AdamW(lengths, betas=(0.8, 0.99), weight_decay=0.01),
+                  "d_optimizer": torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99), weight_decay=0.01)}
+    parts = {"sat": sat, "discriminators": discriminators} | optimizers
     start, history = aar.begin(args, "sat", config, plan, parts, seed=args.seed)
     data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
     mel_loss = MelLoss(config.sample_rate).to(device)
@@ -71,8 +79,9 @@ def train(args, config, plan, device):
     for step in bar:
         wav, names = log.wait(loader)
         wav = wav.to(device, non_blocking=True)
-        for group in (*optimizer.param_groups, *d_optimizer.param_groups):
-            group["lr"] = aar.learning_rate(step, plan)
+        lr = aar.learning_rate(step, plan)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
         if step == quantize_at:
             # Start the codebooks on the first V clips, so that scale 1, one vector a clip, has one for each code.
             first = aar.batches(data, plan.batch, range(config.V))
@@ -84,24 +93,25 @@ def train(args, config, plan, device):
                 y, tokens, vq = sat.decoder(sat.latents(wav)), None, wav.new_zeros(())
             else:
                 y, tokens, vq = sat(wav)
-        losses = {"time": (wav - y).abs().mean(), "mel": mel_loss(wav, y), "vq": vq}
+        losses = {"time": (wav - y).abs().mean(), "wave": aar.wave_loss(wav, y), "mel": mel_loss(wav, y), "vq": vq}
         if step >= adversarial_at:
             # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
             with aar.bfloat16(device):
                 real, fake = discriminators(wav), discriminators(y)
             d_loss = aar.discriminator_loss(real, fake)
-            d_optimizer.zero_grad()
+            discriminators.zero_grad()
             d_loss.backward(inputs=list(discriminators.parameters()), retain_graph=True)
             losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
         loss = sum(WEIGHTS[name] * value for name, value in losses.items())
-        optimizer.zero_grad()
+        sat.zero_grad()
         loss.backward(inputs=list(sat.parameters()))
         losses["norm"] = torch.nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
-        optimizer.step()
+        optimizers["muon"].step()
+        optimizers["optimizer"].step()
         if step >= adversarial_at:
             losses["discriminator"] = d_loss
             torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
-            d_optimizer.step()
+            optimizers["d_optimizer"].step()
         log.add(step, names, **losses)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
@@ -125,16 +135,63 @@ def evaluate(sat, held_back, waves=None):
         y, tokens, _ = sat(x)
         for k, r_k in enumerate(tokens):
             counts[k] += torch.bincount(r_k.flatten(), minlength=config.V)
-        distance = sum(spectral_distance(x.squeeze(1), y.squeeze(1), w) for w in (512, 1024, 2048)) / 3
-        rows.append(torch.stack([aar.log_mel_distance(mel, x, y), distance, si_sdr(x.squeeze(1), y.squeeze(1))], 1))
+        rows.append(distances(mel, x, y))
         if waves and len(rows) == 1:
             pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
             aar.save_audio(waves, pairs, config.sample_rate)
     sat.train(training)
     p = counts / counts.sum(1, keepdim=True)
-    means = torch.cat(rows).mean(0).tolist()
-    return {"log_mel_dB": means[0], "stft": means[1], "si_sdr_dB": means[2], "used": (counts > 0).sum(1).tolist(),
-            "perplexity": torch.special.entr(p).sum(1).exp().round().int().tolist()}
+    return dict(zip(DISTANCES, torch.cat(rows).mean(0).tolist())) | {
+        "used": (counts > 0).sum(1).tolist(), "perplexity": torch.special.entr(p).sum(1).exp().round().int().tolist()}
+
+
+def compare(args, device):
+    """Print a table with a row for each of args.eval, and below it the codes in use per scale."""
+    below = []
+    print("| tokenizer | tokens/s | bit/s | log-mel (dB) | STFT | SI-SDR (dB) | codes in use | perplexity | training (s) |")
+    print("| --- |" + " ---: |" * 8)
+    for name in args.eval:
+        if name.startswith("opus:"):
+            seen = opus(name, aar.sounds(args.data, aar.SATConfig(), args.seed, held_back=True))
+            row = ["", seen["bits"], *(seen[key] for key in DISTANCES), "", "", ""]
+        else:
+            sat, history = aar.load_sat(name, device), aar.load_checkpoint(name, "sat")["history"]
+            seen, config = evaluate(sat, aar.sounds(args.data, sat.config, args.seed, held_back=True)), sat.config
+            rate, K = sum(config.scales) / config.seconds, len(config.scales)
+            steps = [after["step"] - before["step"] for before, after in zip([{"step": 0}, *history], history)]
+            row = [rate, rate * math.log2(config.V), *(seen[key] for key in DISTANCES),
+                   f"{sum(seen['used']) / K / config.V:.0%}", sum(seen["perplexity"]) / K,
+                   sum(n * line["s_per_step"] for n, line in zip(steps, history))]
+            below += [f"{name}: {key} per scale " + " ".join(map(str, seen[key])) for key in ("used", "perplexity")]
+        cells = [cell if isinstance(cell, str) else f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.2f}" for cell in row]
+        print("|", " | ".join([name, *cells]), "|")
+    print(*below, sep="\n")
+
+
+def opus(name, held_back):
+    """The same distances for the Opus codec at `opus:KBITS`, with the bits per second that it really took."""
+    try:
+        level = 1 - (float(name.removeprefix("opus:")) - 6) / 250     # libsndfile: 0 is 256 kbit/s, 1 is 6
+        if not 0 <= level <= 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--eval {name}: Opus goes from opus:6 to opus:256 kbit/s")
+    x = torch.stack([held_back[i][0] for i in range(len(held_back))])
+    file = io.BytesIO()
+    soundfile.write(file, x.flatten().numpy(), held_back.sample_rate, format="OGG", subtype="OPUS", compression_level=level)
+    bits = 8 * file.tell() * held_back.sample_rate / x.numel()
+    file.seek(0)
+    y = torch.from_numpy(soundfile.read(file, dtype="float32")[0][:x.numel()]).view_as(x)
+    return dict(zip(DISTANCES, distances(Mel(held_back.sample_rate, 1024, 80), x, y).mean(0).tolist())) | {"bits": bits}
+
+
+DISTANCES = "log_mel_dB", "stft", "si_sdr_dB"
+
+
+def distances(mel, x, y):
+    """Sounds x, y (B, 1, N) -> (B, 3): log-mel, multi-resolution STFT and SI-SDR of each clip, as DISTANCES names them."""
+    stft = sum(spectral_distance(x.squeeze(1), y.squeeze(1), window) for window in (512, 1024, 2048)) / 3
+    return torch.stack([aar.log_mel_distance(mel, x, y), stft, si_sdr(x.squeeze(1), y.squeeze(1))], 1)
 
 
 def spectral_distance(x, y, window):
