@@ -50,11 +50,11 @@ def train(args, sat, embedder, config, plan, device):
     """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds."""
     torch.manual_seed(args.seed)
     model = AAR(config).to(device)
-    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]       # only these decay
+    matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], plan.lr,
-                                  betas=(0.9, 0.95), weight_decay=0.05)
-    parts = {"aar": model, "optimizer": optimizer}
+    optimizers = {"muon": aar.Muon(matrices, plan.lr),
+                  "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)}
+    parts = {"aar": model} | optimizers
     run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder,
            "clap": aar.fingerprint(embedder)}
     start, history = aar.begin(args, "aar", config, plan, parts, **run)
@@ -75,13 +75,15 @@ def train(args, sat, embedder, config, plan, device):
     log, stop = aar.Log(bar, history), aar.Stop()
     for step in bar:
         pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
-        for group in optimizer.param_groups:
-            group["lr"] = aar.learning_rate(step, plan)
+        lr = aar.learning_rate(step, plan)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
         loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device))[0]
-        optimizer.zero_grad()
+        model.zero_grad()
         (loss * weight).mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss.mean(), norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
