@@ -188,7 +188,7 @@ def toys(args, sat, embedder, generate, write, coarse_to_fine):
         right += nearest == kind
         r, K = sat.encode(references[i:i + 1]), len(config.scales)
         write(f"toy-{kind}.reference.wav", references[i], kind, r)
-        coarse_to_fine(kind, r, sorted({1, 2, 4, 8, K}))
+        coarse_to_fine(kind, r, [k for k in (1, 2, 4, 8) if k < K] + [K])
         write(f"toy-{kind}.variation-1.wav", y[i], kind, tokens[i])
         print(f"{kind}: nearest to {'the same kind' if nearest == kind else nearest}")
     print(f"{right} of {len(kinds)} generated sounds are nearest, by MFCC statistics, to the kind of their reference")
@@ -203,6 +203,7 @@ STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 75rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
 .row { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
+h1, h2 { font-size: 1.4rem; line-height: 1.2 }
 figure, h3 { margin: 0; font-size: 1rem }
 pre { white-space: pre-wrap }
 audio, svg { display: block; width: 100% }
@@ -225,12 +226,13 @@ def page(path, title, what, settings, sections):
     """Write an HTML file of sections {heading: figures}; at any moment `path` is the old one or the new one, whole."""
     body = "".join(f'<h2>{html.escape(heading)}</h2><div class="row">{"".join(figures)}</div>'
                    for heading, figures in sections.items())
-    rows = html.escape("\n".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    rows = [f"{name}: {value}" for name, value in settings.items() if value is not None and name != "command"]
+    listed = html.escape("\n".join(rows))
     text = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{GENERATOR}<title>{html.escape(title)}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
             f"<h1>{html.escape(title)}</h1><p>{html.escape(what)}</p><p>{NOTE}</p>"
             f"<pre>{html.escape(settings['command'])}</pre>{body}"
-            f"<h2>Settings</h2><pre>{rows}</pre></main></body></html>\n")
+            f"<h2>Settings</h2><pre>{listed}</pre></main></body></html>\n")
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(text, encoding="utf-8", errors="replace")          # a file's name may be no text
     os.replace(tmp, path)
