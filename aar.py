@@ -1113,6 +1113,8 @@ def begin(args, kind, config, plan, parts, **run):
         raise UserError(f"--seed must not be negative, got {args.seed}")
     if not os.access(path.resolve().parent, os.W_OK):
         raise UserError(f"--out {path}: cannot write into {path.resolve().parent}")
+    if path.suffix in (".wav", ".html"):
+        raise UserError(f"--out {path}: sounds and a page are written beside the checkpoint; name it {path.stem}.pt")
     if not args.resume:
         if path.exists():
             raise UserError(f"{path} exists: add --resume to go on with it, or give another --out")
@@ -1263,8 +1265,9 @@ class Log:
             self.bar.set_postfix({part: f"{float(value):.3f}" for part, value in losses.items()}, refresh=False)
         self.pending.clear()
 
-    def write(self, step, **more):
-        """Print one line and remember it."""
+    def write(self, step, sounds=None, **more):
+        """Print one line and remember it, with the sounds (n, 1, N) that were made now; of the earlier ones only the first
+        and the last are kept."""
         self.flush()
         n, seconds = max(1, self.steps), time.perf_counter() - self.since
         row = {"step": step} | {part: value / n for part, value in self.sums.items()} | more
@@ -1274,6 +1277,10 @@ class Log:
         def short(x):
             return " ".join(map(short, x)) if isinstance(x, list) else f"{x:.2f}" if isinstance(x, float) else str(x)
         self.bar.write("  ".join(f"{name} {short(value)}" for name, value in row.items()))
+        if sounds is not None:
+            for old in [old for old in self.history[:-1] if "sounds" in old][1:-1]:
+                del old["sounds"]
+            row["sounds"] = (32767 * sounds.cpu().clamp(-1, 1)).short()
         self.clear()
 
 

@@ -4,12 +4,21 @@
     python sample.py --text "a dog barks"          (a generator trained with --embedder clap)
     python sample.py --reconstruct *.wav           files of any length through the tokenizer
     python sample.py                               one new sound of each built-in toy kind, and how many are recognised
+
+Beside the sounds it writes index.html, a page to hear, see and compare them; the second half of this file makes it.
 """
 import argparse
+import base64
+import functools
+import html
+import io
 import itertools
 import math
+import os
 import re
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +45,7 @@ def arguments(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--out", default="samples", help="folder to write into (default: samples)")
+    p.set_defaults(command=command("sample.py", argv))
     return p.parse_args(argv)
 
 
@@ -45,36 +55,61 @@ def main(argv=None):
     if args.n < 1 or not math.isfinite(args.cfg) or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("-n must be at least 1, --cfg finite, --top-k at least 0, --top-p above 0 and at most 1")
     sat = aar.load_sat(args.sat, device)
-    config, out = sat.config, Path(args.out)
+    config, K, out = sat.config, len(sat.config.scales), Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out}: cannot make this folder ({e.strerror})")
-    written = set()
+    index = out / "index.html"
+    if index.exists() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{index} exists and is not a page of this program: give another --out")
+    written, sections, left_out = set(), {}, []                       # sections of the page: {heading: figures}
 
-    def write(name, wav):
+    def write(name, wav, heading=None, tokens=None, original=None):
         """Two references of one name must not overwrite each other."""
         name = next(n for n in itertools.chain([name], (f"{i}-{name}" for i in itertools.count(2))) if n not in written)
         written.add(name)
         aar.save_audio(out / name, wav, config.sample_rate)
         print(f"wrote {out / name}")
+        if sum(map(len, itertools.chain(*sections.values()))) > 8e6:  # enough for one page
+            return left_out.append(name)
+        figures = sections.setdefault(heading or name.rsplit(".", 2)[0], [])
+        if original is not None:
+            figures.append(sound("original", original, config))
+        figures.append(sound(name, wav, config, tokens))
+
+    def coarse_to_fine(heading, tokens, ks):
+        """Show what one hears of the first k scales, for each k."""
+        figures = sections.setdefault(heading, [])
+        for k in ks:
+            n = sum(config.scales[:k])
+            name = f"first {k} of {K} scales, {n} token{'s' * (n > 1)}"
+            figures.append(sound(name, sat.decode(tokens[:k])[0], config))
+
+    def finish(title, what):
+        if left_out:
+            what += f"; {len(left_out)} more sounds, for which the page has no room, lie beside it"
+        page(index, title, what, vars(args) | asdict(config), sections)
+        print(f"wrote {index}")
 
     if args.reconstruct:
-        K = len(config.scales)
         if args.scales is not None and not 1 <= args.scales <= K:
             raise UserError(f"--scales {args.scales}: this tokenizer has 1 to {K}")
         n = args.scales or K
-        print(f"device {device}, the first {n} of {K} scales: {sum(config.scales[:n])} tokens per {config.seconds:g} s window")
+        what = (f"device {device}, the first {n} of {K} scales: {sum(config.scales[:n])} tokens "
+                f"per {config.seconds:g} s window")
+        print(what)
         for path in args.reconstruct:
             try:
                 wav = aar.load_audio(path, config.sample_rate)
             except UserError as e:                                    # one bad file must not stop the others
                 print(f"skipped {e}", file=sys.stderr)
                 continue
-            write(f"{Path(path).stem}.reconstruction-{n}-of-{K}-scales.wav", reconstruct(sat, wav.to(device), n))
+            y = reconstruct(sat, wav.to(device), n)
+            write(f"{Path(path).stem}.reconstruction-{n}-of-{K}-scales.wav", y, original=wav)
         if not written:
             raise UserError("no file could be read")
-        return
+        return finish("Reconstructions", what)
 
     model, kind, clap = aar.load_aar(args.aar, sat, device)
     embedder = aar.build_embedder(kind, config.sample_rate, args.clap).to(device)
@@ -83,11 +118,15 @@ def main(argv=None):
     generator = torch.Generator(device).manual_seed(args.seed)
     if args.top_k > config.V:
         raise UserError(f"--top-k {args.top_k}: there are only {config.V} codes")
-    print(f"device {device}, one window is {config.seconds:g} s, {'one token' if model.config.next_token else 'one scale'} "
-          f"per step, condition {kind}, guidance {args.cfg:g}, top-k {args.top_k}, top-p {args.top_p:g}, seed {args.seed}")
+    step = "one token" if model.config.next_token else "one scale"
+    what = (f"device {device}, one window is {config.seconds:g} s, {step} per step, condition {kind}, "
+            f"guidance {args.cfg:g}, top-k {args.top_k}, top-p {args.top_p:g}, seed {args.seed}")
+    print(what)
 
     def generate(cond):
-        return sat.decode(model.generate(cond, sat, args.cfg, args.top_k, args.top_p, generator))
+        """Conditions (B, cond_dim) -> B new sounds and the tokens of each, K tensors (1, s_k)."""
+        r = model.generate(cond, sat, args.cfg, args.top_k, args.top_p, generator)
+        return sat.decode(r), [[r_k[i:i + 1] for r_k in r] for i in range(len(cond))]
 
     if args.text:
         if kind != "clap":
@@ -96,12 +135,18 @@ def main(argv=None):
     elif args.ref:
         wav = aar.load_audio(args.ref, config.sample_rate, seconds=config.seconds)
         wav = torch.nn.functional.pad(wav, (0, config.samples - wav.shape[-1])).to(device)
-        name, cond = Path(args.ref).stem, embedder(wav[None])
-        write(f"{name}.reference.wav", wav)
+        name, cond, reference = Path(args.ref).stem, embedder(wav[None]), sat.encode(wav[None])
+        write(f"{name}.reference.wav", wav, "Reference", reference)
+        coarse_to_fine("Reference, from coarse to fine", reference, range(1, K + 1))
     else:
-        return toys(args, sat, embedder, generate, write)
-    for i, wav in enumerate(generate(cond.expand(args.n, -1)), start=1):
-        write(f"{name}.variation-{i}.wav", wav)
+        toys(args, sat, embedder, generate, write, coarse_to_fine)
+        return finish("Toy sounds", what)
+    y, tokens = generate(cond.expand(args.n, -1))
+    for i, (wav, r) in enumerate(zip(y, tokens), start=1):
+        write(f"{name}.variation-{i}.wav", wav, "Variations", r)
+    if args.text:
+        coarse_to_fine("Variation 1, from coarse to fine", tokens[0], range(1, K + 1))
+    finish(f"Variations of {args.text or Path(args.ref).name}", what)
 
 
 @torch.no_grad()
@@ -127,12 +172,13 @@ def mfcc_statistics(wav, sample_rate):
     return np.concatenate([c.mean(1), c.std(1)])
 
 
-def toys(args, sat, embedder, generate, write):
+def toys(args, sat, embedder, generate, write, coarse_to_fine):
     """Generate a sound from a fresh reference of each toy kind and ask which kind it is nearest to."""
     config, kinds = sat.config, aar.TOYS
     fresh = aar.ToySounds(config.sample_rate, config.samples, seed=1000 + args.seed)
     references = torch.stack([fresh[i][0] for i in range(len(kinds))])
-    y = generate(embedder(references.to(next(sat.parameters()).device)))
+    references = references.to(next(sat.parameters()).device)
+    y, tokens = generate(embedder(references))
     known = np.stack([mfcc_statistics(fresh[i][0], config.sample_rate) for i in range(len(kinds), 21 * len(kinds))])
     spread = known.std(0)
     right = 0
@@ -140,10 +186,168 @@ def toys(args, sat, embedder, generate, write):
         distance = np.linalg.norm((known - mfcc_statistics(y[i], config.sample_rate)) / spread, axis=1)
         nearest = kinds[distance.argmin() % len(kinds)]
         right += nearest == kind
-        write(f"toy-{kind}.reference.wav", references[i])
-        write(f"toy-{kind}.variation-1.wav", y[i])
+        r, K = sat.encode(references[i:i + 1]), len(config.scales)
+        write(f"toy-{kind}.reference.wav", references[i], kind, r)
+        coarse_to_fine(kind, r, [k for k in (1, 2, 4, 8) if k < K] + [K])
+        write(f"toy-{kind}.variation-1.wav", y[i], kind, tokens[i])
         print(f"{kind}: nearest to {'the same kind' if nearest == kind else nearest}")
     print(f"{right} of {len(kinds)} generated sounds are nearest, by MFCC statistics, to the kind of their reference")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pages: one HTML file each that needs no other file and no network; the training scripts make theirs here too
+# ---------------------------------------------------------------------------------------------------------------
+
+GENERATOR = '<meta name="generator" content="AAR in one file">'
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 75rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+.row { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
+h1, h2 { font-size: 1.4rem; line-height: 1.2 }
+figure, h3 { margin: 0; font-size: 1rem }
+pre { white-space: pre-wrap }
+audio, svg { display: block; width: 100% }
+svg { fill: currentColor; font-size: 11px; overflow: visible; image-rendering: pixelated }
+path { fill: none; stroke: currentColor; stroke-width: 1.5; vector-effect: non-scaling-stroke }
+"""
+NOTE = ("Pictures of sounds: 80 mel bands, window 1024 and hop 256 samples, 0 dB is a full-scale sine. Token maps: a row "
+        "for each scale, coarse at the top; a colour is a code, and near numbers mean nothing. Names of numbers: README.md.")
+ANCHORS = [(8, 8, 32), (72, 24, 120), (190, 52, 98), (248, 148, 56), (255, 250, 205)]       # red, green, blue: dark to light
+PALETTE = np.stack([np.interp(np.linspace(0, 4, 256), range(5), c) for c in zip(*ANCHORS)], 1).astype(np.uint8)
+mel = functools.cache(aar.Mel)
+
+
+def command(script, argv):
+    """What was typed, for a shell."""
+    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+
+
+def page(path, title, what, settings, sections):
+    """Write an HTML file of sections {heading: figures}; at any moment `path` is the old one or the new one, whole."""
+    body = "".join(f'<h2>{html.escape(heading)}</h2><div class="row">{"".join(figures)}</div>'
+                   for heading, figures in sections.items())
+    rows = [f"{name}: {value}" for name, value in settings.items() if value is not None and name != "command"]
+    listed = html.escape("\n".join(rows))
+    text = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{GENERATOR}<title>{html.escape(title)}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
+            f"<h1>{html.escape(title)}</h1><p>{html.escape(what)}</p><p>{NOTE}</p>"
+            f"<pre>{html.escape(settings['command'])}</pre>{body}"
+            f"<h2>Settings</h2><pre>{listed}</pre></main></body></html>\n")
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text, encoding="utf-8", errors="replace")          # a file's name may be no text
+    os.replace(tmp, path)
+
+
+def figure(name, *parts):
+    return f"<figure><figcaption><h3>{html.escape(name)}</h3></figcaption>{''.join(parts)}</figure>"
+
+
+def sound(name, wav, config, tokens=None):
+    """Figure of a sound (1, N), or of its first 10 s, and of its tokens, K tensors (1, s_k)."""
+    file, N = io.BytesIO(), 10 * config.sample_rate
+    file.name = "sound.flac"                                          # no loss, and half as large as a wave file
+    aar.save_audio(file, wav[:, :N], config.sample_rate)
+    name += ", first 10 s" if wav.shape[1] > N else ""
+    player = (f'<audio controls preload="none" aria-label="{html.escape(name)}" '
+              f'src="data:audio/flac;base64,{base64.b64encode(file.getvalue()).decode()}"></audio>')
+    parts = [player, mel_picture(name, wav[:, :N], config.sample_rate)]
+    return figure(name, *parts, *([token_map(name, tokens, config)] if tokens else []))
+
+
+def ticks(first, last, most=5):
+    """Round numbers from first to last, and where they lie between: [(place from 0 to 1, number)]."""
+    step = next(m * 10.0 ** e for e in range(-9, 12) for m in (1, 2, 5) if last - first < most * m * 10.0 ** e)
+    numbers = step * np.arange(math.ceil(first / step), math.floor(last / step) + 1)
+    return [((x - first) / (last - first), f"{x:.6g}") for x in numbers]
+
+
+def plot(label, x, y, inside, legend):
+    """SVG picture of `inside`, SVG in the unit square, with axes; ticks x, y: [(place from the left or the top, text)]."""
+    text = "".join(f'<text x="{52 + 200 * place:.1f}" y="176" text-anchor="middle">{t}</text>' for place, t in x)
+    text += "".join(f'<text x="48" y="{12 + 150 * place:.1f}" text-anchor="end">{t}</text>' for place, t in y)
+    return (f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 340 180">{text}{legend}'
+            '<svg x="52" y="8" width="200" height="150" viewBox="0 0 1 1" preserveAspectRatio="none">'
+            f'{inside}<path d="M0 0h1v1h-1z"/></svg></svg>')
+
+
+def png(a):
+    """Numbers from 0 to 1, (rows, columns), as an SVG image that fills the unit square."""
+    from PIL import Image
+    file, image = io.BytesIO(), Image.fromarray((255 * np.clip(a, 0, 1)).astype(np.uint8))
+    image.putpalette(PALETTE.tobytes())
+    image.save(file, "PNG")
+    return (f'<image width="1" height="1" preserveAspectRatio="none" '
+            f'href="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/>')
+
+
+def picture(label, image, x, y, bar):
+    """Plot of numbers from 0 to 1 with a colour bar; ticks as above."""
+    legend = "".join(f'<text x="277" y="{12 + 150 * place:.1f}">{t}</text>' for place, t in bar)
+    legend += ('<svg x="260" y="8" width="12" height="150" viewBox="0 0 1 1" preserveAspectRatio="none">'
+               f'{png(np.linspace(1, 0, 150)[:, None])}</svg>')
+    return plot(label, x, y, png(image), legend)
+
+
+def mel_picture(name, wav, sample_rate):
+    """Log-mel picture of a sound (1, N)."""
+    from librosa import mel_frequencies
+    hertz = mel_frequencies(82, fmax=sample_rate / 2)[1:-1]           # the middle of each band
+    dB = mel(sample_rate, 1024, 80).dB(wav[None].cpu())[0]            # (80, frames)
+    band, frame = divmod(int(dB.argmax()), dB.shape[1])
+    label = (f"Log-mel picture of {name}: {wav.shape[1] / sample_rate:.2f} s, 0 to {sample_rate / 2000:g} kHz, "
+             f"loudest at {frame * 256 / sample_rate:.2f} s and {hertz[band]:.0f} Hz with {dB.max():.0f} dB")
+    x = [(place, f"{t} s") for place, t in ticks(0, wav.shape[1] / sample_rate)]
+    y = [(1 - (np.interp(f, hertz, range(80)) + 0.5) / 80, f"{f / 1000:g} kHz")
+         for f in (500, 1000, 2000, 4000, 8000, 16000) if f < sample_rate / 2]
+    image = torch.nn.functional.adaptive_avg_pool1d(dB, min(400, dB.shape[1])).flip(0).numpy() / 80 + 1
+    return picture(label, image, x, y, [(-level / 80, f"{level} dB") for level in range(0, -81, -20)])
+
+
+def token_map(name, tokens, config):
+    """Picture of the tokens, a row for each scale, and their numbers to read."""
+    rows, K, V = [r_k[0].cpu().numpy() for r_k in tokens], len(tokens), config.V
+    image = np.stack([row[np.arange(400) * len(row) // 400] for row in rows]) / (V - 1)
+    numbers = "\n".join(f"scale {k}: {' '.join(map(str, row))}" for k, row in enumerate(rows, start=1))
+    x = [(place, f"{t} s") for place, t in ticks(0, config.seconds)]
+    y = [((k - 0.5) / K, f"scale {k}") for k in sorted({1, (K + 1) // 2, K})]
+    return (picture(f"Token map of {name}; the numbers follow", image, x, y, [(0, f"code {V - 1}"), (1, "code 0")])
+            + f"<details><summary>The {sum(map(len, rows))} tokens as numbers</summary><pre>{numbers}</pre></details>")
+
+
+def curves(history, *names):
+    """Figure of the numbers called `names`, or of the one list called so, over the steps of a training."""
+    steps, values = zip(*((row["step"], np.hstack([row[name] for name in names])) for row in history if names[0] in row))
+    values = np.clip(np.nan_to_num(values), -1e9, 1e9)                # (rows, lines); NaN here must not end a training
+    labels = names if values.shape[1] == len(names) else [f"scale {k + 1}" for k in range(values.shape[1])]
+    margin = 0.04 * (np.max(values) - np.min(values)) + 0.01 * np.abs(values).max() + 1e-6
+    bottom, top = np.min(values) - margin, np.max(values) + margin
+    inside = legend = ""
+    for i, (label, line) in enumerate(zip(labels, values.T)):
+        # Of equal lightness, neither black nor white: seen on light and on dark pages.
+        colour = f'style="stroke: oklch(62% 0.17 {300 - 280 * i / max(1, len(labels) - 1):.0f})"'
+        way = "L".join(f"{step / steps[-1]:.4f} {(top - v) / (top - bottom):.4f}" for step, v in zip(steps, line))
+        y = 14 + 150 * i / max(16, len(labels))
+        inside += f'<path {colour} d="M{way}{"h-.05" if len(steps) == 1 else ""}"/>'
+        legend += f'<path {colour} d="M258 {y - 3:.1f}h8"/>'
+        legend += f'<text x="270" y="{y:.1f}" font-size="9">{label} {line[-1]:.3g}</text>'
+    name = ", ".join(names)
+    label = f"{name} after {steps[-1]} steps: " + ", ".join(f"{label} {v:.4g}" for label, v in zip(labels, values[-1]))
+    y = [(1 - place, t) for place, t in ticks(bottom, top)]
+    return figure(name, plot(label, ticks(0, steps[-1], 4), y, inside, legend))
+
+
+def training_page(args, title, history, originals, config, *more):
+    """Write, beside the checkpoint, what the log says and how held-back sounds (n, 1, N) came out at first, before, now."""
+    names = dict.fromkeys(name for row in history for name in row)
+    charts = [("loss", "held_back")] if "held_back" in names else []
+    charts += [(name,) for name in names if name not in ("step", "sounds", "loss", "held_back")]
+    sections = {"Over the steps": [curves(history, *chart) for chart in charts]}
+    heard = [row for row in history if "sounds" in row]
+    for i in range(len(originals) if heard else 0):
+        sections[f"Held-back sound {i + 1}"] = [sound("original", originals[i], config)] + [
+            sound(f"after {row['step']} steps", row["sounds"][i] / 32767, config) for row in heard]
+    settings = vars(args) | {name: value for part in (config, *more) for name, value in asdict(part).items()}
+    page(Path(args.out).with_suffix(".html"), title, f"After {history[-1]['step']} steps.", settings, sections)
 
 
 if __name__ == "__main__":

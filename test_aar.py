@@ -1,20 +1,27 @@
 """The properties that make the program right, each beside a naive reference. Run them with: pytest -q test_aar.py"""
+import base64
 import contextlib
 import copy
 import dataclasses
+import html.parser
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import soundfile
 import torch
@@ -1552,6 +1559,7 @@ def test_user_errors_end_in_one_line(run, script, args):
     (train_sat.main, "--steps -1"), (train_sat.main, "--batch 0"), (train_sat.main, "--lr nan"), (train_sat.main, "--lr -1"),
     (train_sat.main, "--seed -1 --steps 1"), (train_sat.main, "--device nonsense"), (train_sat.main, "--data {tmp}/absent"),
     (train_sat.main, "--data {tmp}"), (train_sat.main, "--out {tmp}/no/sat.pt"), (train_sat.main, "--out {tmp}/new.pt --resume"),
+    (train_sat.main, "--out {tmp}/sat.html"), (train_aar.main, "--sat {sat} --out {tmp}/aar.wav"),
     (train_sat.main, "--out {sat}"), (train_sat.main, "--out {sat} --resume --rvq"), (train_sat.main, "--out {sat} --resume --steps 9"),
     (train_sat.main, "--out {aar} --resume"), (train_sat.main, "--eval {aar}"), (train_sat.main, "--eval {tmp}/absent.pt"),
     (train_aar.main, "--sat {aar}"), (train_aar.main, "--sat {sat} --embedder clap"), (train_aar.main, "--sat {sat} --steps 0"),
@@ -1590,3 +1598,342 @@ def test_import_is_light():
     """Importing the program imports none of the slow libraries that only parts of it need."""
     code = "import sys, aar; print([m for m in ('laion_clap', 'transformers', 'librosa', 'soundfile', 'soxr') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True).strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pages
+# ---------------------------------------------------------------------------------------------------------------
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page as dictionaries of their attributes, tag and text; raises AssertionError where tags do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append({"tag": tag, "text": "", "inside": [e["tag"] for e in self.open]} | dict(attributes))
+        if tag != "meta":                                             # the only one of ours that has no end
+            self.open.append(self.elements[-1])
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, *tags):
+        return [e for e in self.elements if e["tag"] in tags]
+
+    def sounds(self):
+        """{label: samples}; labels that occur twice get the later sound."""
+        return {e["aria-label"]: soundfile.read(embedded(e["src"]), dtype="float32")[0] for e in self.all("audio")}
+
+
+def embedded(uri):
+    return io.BytesIO(base64.b64decode(uri.split(";base64,")[1], validate=True))
+
+
+AWKWARD = "a <b>&amp; \"c'\xe4"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """{name: path} of pages of all kinds, made by models of next to no size."""
+    folder = tmp_path_factory.mktemp("pages")
+    torch.manual_seed(0)
+    ref = folder / f"{AWKWARD}.wav"
+    soundfile.write(ref, sine(440, 8000, 12), 8000)
+    config = small_sat().config
+    train_sat.train(options(folder / "sat.pt"), config, small_plan(steps=6, quantize_at=0.2), CPU)
+    sat = aar.load_sat(folder / "sat.pt")
+    args = options(folder / "aar.pt")
+    args.embedder = "mel"
+    train_aar.train(args, sat, MelEmbedder(8000), AARConfig(scales=sat.config.scales, latent=6, V=16, depth=1), small_plan(), CPU)
+    common = ["--device", "cpu", "--sat", str(folder / "sat.pt"), "--aar", str(folder / "aar.pt"), "-n", "2"]
+    for name, more in {"ref": ["--ref", str(ref)], "toys": [], "reconstruct": ["--reconstruct", str(ref)]}.items():
+        sample.main([*common, "--out", str(folder / name), *more])
+    return {name: folder / name / "index.html" for name in ("ref", "toys", "reconstruct")} | {
+        name: folder / f"{name}.html" for name in ("sat", "aar")}
+
+
+@pytest.mark.parametrize("name", ["ref", "toys", "reconstruct", "sat", "aar"])
+def test_page_is_whole_and_labelled(pages, name):
+    """A page is well-formed, asks for nothing from outside, and everything that is seen or heard has a name to read."""
+    text = pages[name].read_text(encoding="utf-8")
+    assert "://" not in text and "<script" not in text and "@import" not in text and "url(" not in text
+    page = Page(text)
+    root, title = page.all("html")[0], page.all("title")[0]["text"]
+    assert root["lang"] == "en" and title and [h["text"] for h in page.all("h1")] == [title]
+    assert any(e.get("name") == "viewport" for e in page.all("meta"))
+    levels = [int(e["tag"][1]) for e in page.all("h1", "h2", "h3")]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
+    sources = [e[key] for e in page.elements for key in ("src", "href") if key in e]
+    assert sources and all(source.startswith("data:") for source in sources)
+    outer = [e for e in page.all("svg") if "svg" not in e["inside"]]
+    assert outer and all(e["role"] == "img" and e["aria-label"] for e in outer) and all(e["alt"] for e in page.all("img"))
+    assert all("controls" in e and e["aria-label"] for e in page.all("audio"))
+    assert all(np.abs(x).max() > 0 for x in page.sounds().values())
+    for image in page.all("image"):
+        assert min(PIL.Image.open(embedded(image["href"])).size) > 0
+    assert len(text) < 4e6 and not list(pages[name].parent.glob("*.tmp"))
+    assert page.all("pre")[0]["text"].startswith(f"python {'sample' if name in ('ref', 'toys', 'reconstruct') else 'train_sat'}.py --device cpu")
+
+
+def test_page_of_a_reference(pages):
+    """It holds the reference, its first 1 .. K scales and the variations; tokens read off the page decode to its sounds."""
+    page, sat = Page(pages["ref"].read_text(encoding="utf-8")), aar.load_sat(pages["ref"].parents[1] / "sat.pt")
+    sounds, files, K = page.sounds(), waves(pages["ref"].parent), len(sat.config.scales)
+    assert len(files) == 3 and all(np.allclose(sounds[name], x, atol=1e-4) for name, (x, _) in files.items())   # 16 bits
+    assert page.all("h1")[0]["text"] == f"Variations of {AWKWARD}.wav" and not page.all("b")
+    assert shlex.quote(str(pages["ref"].parents[1] / f"{AWKWARD}.wav")) in page.all("pre")[0]["text"]
+    tokens = [[torch.tensor([[int(r) for r in row.split()]]) for row in re.findall(r"scale \d+: ([\d ]+)", e["text"])]
+              for e in page.all("pre") if "details" in e["inside"]]
+    assert len(tokens) == 3 and all([r.shape[1] for r in r_k] == list(sat.config.scales) for r_k in tokens)
+    for k in range(1, K + 1):
+        n = sum(sat.config.scales[:k])
+        label = f"first {k} of {K} scales, {n} token{'s' if n > 1 else ''}"
+        np.testing.assert_allclose(sounds[label], sat.decode(tokens[0][:k])[0, 0], atol=1e-4)
+    for r_k, name in zip(tokens[1:], sorted(files)[1:]):
+        np.testing.assert_allclose(sounds[name], sat.decode(r_k)[0, 0], atol=1e-3)
+
+
+def test_page_of_long_sounds(pages):
+    """Of a sound of 12 s a page holds the first ten, original and reconstruction, and says so."""
+    sounds = Page(pages["reconstruct"].read_text(encoding="utf-8")).sounds()
+    assert [len(x) for x in sounds.values()] == [80000] * 2 and all("first 10 s" in label for label in sounds)
+    assert abs(pitch(sounds["original, first 10 s"], 8000) - 440) < 2
+
+
+def test_page_of_the_toys(pages):
+    """Each kind has a section with the reference, a few of its scales, and the generated sound."""
+    page = Page(pages["toys"].read_text(encoding="utf-8"))
+    assert [h["text"] for h in page.all("h2")] == [*aar.TOYS, "Settings"]
+    assert len(page.all("audio")) == len(aar.TOYS) * (2 + len([1, 2, 4, 5]))
+
+
+def test_page_of_a_training(pages):
+    """Curves for all numbers of the log, and held-back sounds at first, before and now; the checkpoint keeps these three."""
+    history = aar.load_checkpoint(pages["sat"].with_suffix(".pt"), "sat")["history"]
+    assert [row["step"] for row in history if "sounds" in row] == [2, 5, 6]
+    page = Page(pages["sat"].read_text(encoding="utf-8"))
+    charts = {e["text"] for e in page.all("h3")}
+    assert charts >= {"time", "mel", "vq", "adversarial", "feature", "discriminator", "log_mel_dB", "used", "perplexity"}
+    labels = [e["aria-label"] for e in page.all("audio")]
+    assert labels == ["original", "after 2 steps", "after 5 steps", "after 6 steps"] * 4
+    now = soundfile.read(pages["sat"].with_suffix(".wav"))[0].reshape(8, -1)[3, 1600:3200]
+    np.testing.assert_allclose(page.sounds()["after 6 steps"], now, atol=1e-3)
+    page = Page(pages["aar"].read_text(encoding="utf-8"))
+    assert {"loss, held_back", "per_scale", "accuracy"} <= {e["text"] for e in page.all("h3")}
+    assert any("scale 5" in e["text"] for e in page.all("svg"))
+
+
+def axis(page, unit, key):
+    """(places, numbers) of the ticks whose text ends in `unit`."""
+    found = [(float(e[key]), float(e["text"].removesuffix(unit))) for e in page.all("text") if e["text"].endswith(unit)]
+    return np.array(sorted(found)).T
+
+
+def test_mel_picture_agrees_with_its_axes():
+    """A tone burst is brightest at the time, the frequency and the level that the axes and the colour bar say."""
+    mel, rate = Mel(8000, 1024, 80), 8000
+    for hz, at, amplitude in ((1000, 0.4, 0.5), (2000, 1.0, 0.05), (500, 1.5, 0.25)):
+        wav = torch.zeros(1, 16000)
+        burst = torch.from_numpy(np.hanning(1600) * sine(hz, rate, 0.2, amplitude)).float()
+        wav[0, int(at * rate) - 800:int(at * rate) + 800] = burst
+        page = Page(sample.mel_picture("burst", wav, rate))
+        bar, image = (np.asarray(PIL.Image.open(embedded(e["href"])).convert("RGB"), dtype=int) for e in page.all("image"))
+        level = np.abs(image[:, :, None] - bar[:, 0]).sum(-1).argmin(-1)                     # place in the bar, 0 at the top
+        row, column = np.unravel_index(level.argmin(), level.shape)
+        box = next(e for e in page.all("svg") if "svg" in e["inside"] and e["width"] == "200")
+        x = float(box["x"]) + 200 * (column + 0.5) / image.shape[1]
+        y = float(box["y"]) + 150 * (row + 0.5) / image.shape[0]
+        assert abs(np.interp(x, *axis(page, " s", "x")) - at) < 0.03
+        assert abs(np.interp(y + 4, *axis(page, " kHz", "y")) - hz / 1000) < 0.06            # 4: half of a letter
+        places, dB = axis(page, " dB", "y")
+        seen = np.interp(8 + 150 * level.min() / len(bar) + 4, places, dB)
+        assert abs(seen - mel.dB(wav[None]).max().item()) < 1.5
+        said = re.search(r"loudest at ([\d.]+) s and (\d+) Hz", page.all("svg")[0]["aria-label"])
+        assert abs(float(said[1]) - at) < 0.03 and abs(float(said[2]) - hz) < 60
+
+
+def test_curves_agree_with_their_axes():
+    """Points read off a curve by its ticks are the numbers of the log, for one number, two, a list; one row; and NaN."""
+    history = [{"step": s, "a": 0.01 * s + 3, "b": -0.02 * s, "many": [s ** 0.5, 5.0, 7.0]} for s in (100, 250, 400, 1000)]
+    for names, want in ((("a",), [[4, 5.5, 7, 13]]), (("a", "b"), [[4, 5.5, 7, 13], [-2, -5, -8, -20]]),
+                        (("many",), [[10, 15.81, 20, 31.62], [5] * 4, [7] * 4])):
+        page = Page(sample.curves(history, *names))
+        ticks = {key: np.polyfit(*np.array([(float(e[at]), float(e["text"])) for e in page.all("text")
+                                            if e.get("text-anchor") == anchor]).T, 1)
+                 for key, at, anchor in (("x", "x", "middle"), ("y", "y", "end"))}
+        lines = [e for e in page.all("path") if e["inside"].count("svg") == 2 and "style" in e]
+        for line, values in zip(lines, want, strict=True):
+            points = np.array([[float(v) for v in point.split()] for point in line["d"].removeprefix("M").split("L")])
+            np.testing.assert_allclose(np.polyval(ticks["x"], 52 + 200 * points[:, 0]), [100, 250, 400, 1000], atol=3)
+            np.testing.assert_allclose(np.polyval(ticks["y"], 12 + 150 * points[:, 1]), values, atol=0.1)
+    for odd in (history[:1], [{"step": 1, "a": 0.0}], history + [{"step": 1100, "a": math.nan}, {"step": 1200, "a": math.inf}]):
+        assert "nan" not in sample.curves(odd, "a").lower()
+
+
+def test_ticks():
+    """At most so many as asked for, at least one; round, evenly spaced, inside, and where they say that they are."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        first = rng.normal() * 10 ** rng.uniform(-3, 3)
+        last = first + 0.02 * abs(first) + 10 ** rng.uniform(-4, 6)  # six digits tell these apart
+        places, numbers = np.array([(place, float(x)) for place, x in sample.ticks(first, last)]).T
+        assert 1 <= len(places) <= 6 and 0 <= places[0] and places[-1] <= 1
+        np.testing.assert_allclose(first + places * (last - first), numbers, rtol=1e-4, atol=1e-4 * (last - first))
+        if len(numbers) > 2:
+            np.testing.assert_allclose(np.diff(numbers), numbers[1] - numbers[0], rtol=1e-2)
+
+
+def test_page_is_whole_at_any_moment(tmp_path, monkeypatch):
+    """If writing fails the old page is still there; and names that are no text do no harm."""
+    path = tmp_path / "x.html"
+    sample.page(path, "old", "", {"command": ""}, {})
+    old = path.read_bytes()
+    sample.page(tmp_path / "y.html", "\udcff<", "\udcff", {"command": "\udcff"}, {"\udcff": []})
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "write_text", lambda *args, **more: (_ for _ in ()).throw(OSError("no space left on device")))
+        sample.page(path, "new", "", {"command": ""}, {})
+    assert path.read_bytes() == old
+
+
+def test_a_page_of_others_is_not_overwritten(pages, tmp_path):
+    """An index.html that this program did not write stays as it is; its own is replaced."""
+    args = ["--device", "cpu", "--sat", str(pages["sat"].with_suffix(".pt")), "--out", str(tmp_path), "--reconstruct",
+            str(pages["sat"].with_suffix(".wav"))]
+    index = tmp_path / "index.html"
+    index.write_text("<h1>mine</h1>")
+    with pytest.raises(UserError, match="--out"):
+        sample.main(args)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["<h1>mine</h1>"]
+    index.unlink()
+    for scales in "12":
+        sample.main([*args, "--scales", scales])
+        assert f"first {scales} of 5 scales" in index.read_text(encoding="utf-8")
+
+
+def test_a_full_page_says_so(pages, tmp_path, monkeypatch):
+    """Sounds for which the page would become too large are written and counted."""
+    monkeypatch.setattr(sample, "sound", lambda *args: " " * 5_000_000)
+    sample.main(["--device", "cpu", "--sat", str(pages["sat"].with_suffix(".pt")), "--out", str(tmp_path), "--reconstruct",
+                 *[str(pages["sat"].with_suffix(".wav"))] * 4])
+    assert len(waves(tmp_path)) == 4 and "; 3 more sounds" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+class Browser:
+    """A headless Chromium that is told what to do, and asked, through a pair of pipes (DevTools protocol)."""
+
+    def __init__(self, binary, profile):
+        (read, self.write), (self.read, write) = os.pipe(), os.pipe()
+
+        def pipes():                                                  # the browser reads from 3 and writes to 4
+            a, b = os.dup(read), os.dup(write)
+            os.dup2(a, 3)
+            os.dup2(b, 4)
+        self.process = subprocess.Popen(
+            [binary, "--headless", "--no-sandbox", "--remote-debugging-pipe", "--autoplay-policy=no-user-gesture-required",
+             "--mute-audio", f"--user-data-dir={profile}"], preexec_fn=pipes, close_fds=False, stderr=subprocess.DEVNULL)
+        os.close(read), os.close(write)
+        self.timer = threading.Timer(300, self.process.kill)          # so that nothing waits for ever
+        self.timer.start()
+        self.session, self.ids, self.rest, self.events = {}, itertools.count(1), b"", []
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network", "Accessibility"):
+            self(f"{domain}.enable")
+
+    def message(self):
+        while b"\0" not in self.rest:
+            self.rest += os.read(self.read, 2 ** 20) or pytest.fail("the browser ended")
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def __call__(self, method, **params):
+        """Ask one thing; what else the browser says before its answer is kept in `events`."""
+        i = next(self.ids)
+        os.write(self.write, json.dumps({"id": i, "method": method, "params": params} | self.session).encode() + b"\0")
+        while (answer := self.message()).get("id") != i:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, path, width, scheme):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+        self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.events.clear()
+        self("Page.navigate", url=path.as_uri())
+        while not any(e["method"] == "Page.loadEventFired" for e in self.events):
+            self.events.append(self.message())
+
+    def run(self, script):
+        """What an async function with this body returns."""
+        answer = self("Runtime.evaluate", expression=f"(async () => {{ {script} }})()", awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    binary = next(filter(None, map(shutil.which, names)), None)
+    if not binary:
+        pytest.skip(f"none of {', '.join(names)} is installed: apt-get install chromium-headless-shell")
+    browser = Browser(binary, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.timer.cancel()
+    browser.process.kill()
+    browser.process.wait()
+
+
+@pytest.mark.parametrize("name", ["ref", "toys", "reconstruct", "sat", "aar"])
+def test_page_in_a_browser(pages, browser, name):
+    """No complaints, no requests; each player plays, each picture has a size; on a phone, in the dark, by keyboard, by ear."""
+    corner = {}
+    for width, scheme in ((1200, "light"), (320, "dark")):
+        browser.open(pages[name], width, scheme)
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        shot = PIL.Image.open(io.BytesIO(base64.b64decode(browser("Page.captureScreenshot")["data"]))).convert("L")
+        corner[scheme] = shot.getpixel((2, 2))
+    assert corner["dark"] < 60 and corner["light"] > 200
+    n = len(Page(pages[name].read_text(encoding="utf-8")).all("audio"))
+    played = browser.run("""const played = []
+        for (const audio of document.querySelectorAll("audio")) {
+            await audio.play()
+            played.push([audio.readyState, audio.duration, audio.error])
+            audio.pause()
+        }
+        return played""")
+    assert len(played) == n > 0 and all(ready >= 2 and duration >= 0.2 and error is None for ready, duration, error in played)
+    sizes = browser.run("""const sizes = []
+        for (const image of document.querySelectorAll("image")) {
+            const picture = new Image()
+            picture.src = image.href.baseVal
+            await picture.decode()
+            sizes.push(picture.naturalWidth, picture.naturalHeight, image.getBoundingClientRect().width)
+        }
+        for (const svg of document.querySelectorAll("svg[role=img]")) sizes.push(svg.getBoundingClientRect().height)
+        return sizes""")
+    assert len(sizes) > n and min(sizes) > 0
+    browser.run("document.activeElement.blur(); scrollTo(0, 0)")
+    for kind in ("keyDown", "keyUp"):
+        browser("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert browser.run("return document.activeElement.tagName") == "AUDIO"
+    nodes = [node for node in browser("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    named = [node["role"]["value"] for node in nodes if node.get("name", {}).get("value")]
+    assert {role: sum(node["role"]["value"] == role for node in nodes) for role in ("Audio", "image", "heading")} == {
+        role: named.count(role) for role in ("Audio", "image", "heading")} and named.count("Audio") == n
+    bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    assert not [event for event in browser.events if event["method"] in bad]
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert all(url.startswith(("data:", pages[name].as_uri())) for url in asked)

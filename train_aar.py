@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import aar
+import sample
 from aar import AAR, PRESETS
 
 
@@ -32,6 +33,7 @@ def arguments(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
+    p.set_defaults(command=sample.command("train_aar.py", argv))
     return p.parse_args(argv)
 
 
@@ -47,7 +49,7 @@ def main(argv=None):
 
 
 def train(args, sat, embedder, config, plan, device):
-    """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds."""
+    """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds and a page."""
     torch.manual_seed(args.seed)
     model = AAR(config).to(device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
@@ -87,9 +89,11 @@ def train(args, sat, embedder, config, plan, device):
         log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss.mean(), norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
-            log.write(step + 1, **validate(model, sat, *held))
+            heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
+            y = listen(model, sat, heard, held[1], Path(args.out).with_suffix(".wav"))
+            log.write(step + 1, y, **validate(model, sat, *held))
             aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
-            listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
+            sample.training_page(args, "Stage 2: the generator", log.history, heard, sat.config, config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
@@ -152,15 +156,16 @@ def tokenize(args, sat, embedder, data, n, name):
     return tokens, cond
 
 
-def listen(model, sat, held_back, cond, path, n=4):
-    """Write references and what is generated from their conditions, in turn, with a pause between."""
+def listen(model, sat, x, cond, path):
+    """Write references x (n, 1, N) and what is generated from their conditions, in turn, with a pause between; returns
+    the generated ones."""
     device, sample_rate = next(model.parameters()).device, sat.config.sample_rate
     model.eval()
-    y = sat.decode(model.generate(cond[:n].to(device), sat, generator=torch.Generator(device).manual_seed(0))).cpu()
+    y = sat.decode(model.generate(cond[:len(x)].to(device), sat, generator=torch.Generator(device).manual_seed(0))).cpu()
     model.train()
     pause = torch.zeros(1, sample_rate // 5)
-    pairs = [torch.cat([held_back[i][0], pause, y[i], pause], -1) for i in range(len(y))]
-    aar.save_audio(path, torch.cat(pairs, -1), sample_rate)
+    aar.save_audio(path, torch.cat([torch.cat([a, pause, b, pause], -1) for a, b in zip(x, y)], -1), sample_rate)
+    return y
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import aar
+import sample
 from aar import PRESETS, SAT, Discriminators, Mel, MelLoss, UserError
 
 # What each part of the loss weighs: the released configuration, and "wave", which is not in the paper.
@@ -39,6 +40,7 @@ def arguments(argv=None):
                    help="the discriminators join after this share of the steps; 1: never (default: the preset's)")
     p.add_argument("--eval", metavar="CHECKPOINT", nargs="+",
                    help="train nothing, measure checkpoints and, as opus:KBITS, the Opus codec on the held-back clips")
+    p.set_defaults(command=sample.command("train_sat.py", argv))
     return p.parse_args(argv)
 
 
@@ -57,7 +59,7 @@ def main(argv=None):
 
 
 def train(args, config, plan, device):
-    """Train SAT by `plan`; writes args.out and, beside it, a wave file of originals and reconstructions."""
+    """Train SAT by `plan`; writes args.out and, beside it, a wave file of originals and reconstructions and a page."""
     torch.manual_seed(args.seed)
     sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
     matrices = [p for p in sat.parameters() if p.numel() > len(p)]
@@ -115,14 +117,25 @@ def train(args, config, plan, device):
         log.add(step, names, **losses)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
-            log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back, Path(args.out).with_suffix(".wav"))))
+            heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
+            log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back) | {
+                "sounds": listen(sat, heard, Path(args.out).with_suffix(".wav"))[:4]}))
             aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, seed=args.seed)
+            sample.training_page(args, "Stage 1: the tokenizer", log.history, heard[:4], config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
 
+def listen(sat, x, path):
+    """Write originals x (n, 1, N) and reconstructions in turn, with a pause between; returns the reconstructions."""
+    y = sat.decode(sat.encode(x.to(next(sat.parameters()).device))).cpu()
+    pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
+    aar.save_audio(path, pairs, sat.config.sample_rate)
+    return y
+
+
 @torch.no_grad()
-def evaluate(sat, held_back, waves=None):
+def evaluate(sat, held_back):
     """Reconstruct all held-back clips; returns numbers, with per-scale lists of codes in use and of perplexity."""
     config, device = sat.config, next(sat.parameters()).device
     mel = Mel(config.sample_rate, 1024, 80).to(device)
@@ -136,9 +149,6 @@ def evaluate(sat, held_back, waves=None):
         for k, r_k in enumerate(tokens):
             counts[k] += torch.bincount(r_k.flatten(), minlength=config.V)
         rows.append(distances(mel, x, y))
-        if waves and len(rows) == 1:
-            pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
-            aar.save_audio(waves, pairs, config.sample_rate)
     sat.train(training)
     p = counts / counts.sum(1, keepdim=True)
     return dict(zip(DISTANCES, torch.cat(rows).mean(0).tolist())) | {
