@@ -178,10 +178,10 @@ def evaluate(args, device):
     def batched(function, *inputs):
         return torch.cat([function(*(x.to(device) for x in part)).cpu() for part in zip(*(x.split(16) for x in inputs))])
 
-    def row(name, y, seconds=math.nan):
+    def row(name, y, seconds=""):
         rank = ranks(y, cond)
-        print(f"{name:28s} {aar.frechet(y, cond):7.3f} {(y * cond).sum(1).mean():10.2f} {rank.float().mean():9.1f} "
-              f"{(rank == 1).float().mean():6.0%} {seconds:11.3f}", flush=True)
+        print(f"| {name} | {aar.frechet(y, cond):.3f} | {(y * cond).sum(1).mean():.2f} | {rank.float().mean():.1f} | "
+              f"{(rank == 1).float().mean():.0%} | {seconds} |", flush=True)
 
     waves, names = zip(*aar.batches(held_back, 16, range(n)))
     wav = torch.cat(waves)
@@ -193,7 +193,7 @@ def evaluate(args, device):
     print(f"device {device}, {args.eval}, {n} held-back clips, and in each line as many; embedder {kind}: "
           + aar.neighbours(torch.cat([cond, training]), sum((*names, *more_names), ())))
     aar.warn_of_few(n, embedder.dim)
-    print(f"{'':28s} {'Frechet':>7s} {'similarity':>10s} {f'rank/{min(n, 100)}':>9s} {'first':>6s} {'s per clip':>11s}")
+    print(f"| | Frechet | similarity | rank of {min(n, 100)} | first | s per clip |\n| --- |" + " ---: |" * 5)
     row("training clips", training)
     row("reconstructions", batched(lambda r: embedder(sat.decode(r.split(sat.config.scales, 1))), tokens))
     row("white noise", batched(embedder, wav.std(-1, keepdim=True) * torch.randn_like(wav)))
@@ -202,13 +202,13 @@ def evaluate(args, device):
         since = time.perf_counter()
         y = batched(lambda c: sat.decode(model.generate(c, sat, cfg, top_k, top_p, generator)), cond)
         seconds = (time.perf_counter() - since) / n
-        row(f"cfg {cfg:g}, top-k {top_k}, top-p {top_p:g}", batched(embedder, y), seconds)
+        row(f"cfg {cfg:g}, top-k {top_k}, top-p {top_p:g}", batched(embedder, y), f"{seconds:.3f}")
 
     scores = validate(model, sat, tokens, cond)
     own = per_scale(batched(lambda x, c: free_running(model, sat, sat.latents(x), c), wav, cond), sat.config.scales)
-    print(f"held-back cross-entropy per token {scores['held_back']:.2f}\n{'scale':>6s} {'loss':>6s} {'accuracy':>9s} free-running")
+    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n\n| scale | loss | accuracy | free-running |\n" + "| ---: " * 4 + "|")
     for s, loss, right, right_own in zip(sat.config.scales, scores["per_scale"], scores["accuracy"], own):
-        print(f"{s:6d} {loss:6.2f} {right:9.1%} {right_own:12.1%}")
+        print(f"| {s} | {loss:.2f} | {right:.1%} | {right_own:.1%} |")
 
 
 @torch.no_grad()
