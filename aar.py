@@ -724,23 +724,28 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
 class MelEmbedder(nn.Module):
     """Download-free stand-in for CLAP: the coarse shape of the log-mel picture. (B, 1, N) -> (B, 512) of unit length.
 
-    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale), stretched to 64 columns, loses
-    its mean (so that loudness matters little) and goes through a 2-D cosine transform, of which the lowest 32 (pitch) x
-    16 (time) coefficients are kept.
+    A 64-band log-mel spectrogram (1024/256 Hann, floor -80 dB, 0 = floor, 1 = full scale) loses its mean, so that
+    loudness matters little; a cosine transform over the bands makes 32 cepstra of it, of which number i weighs
+    sqrt(i + 1). Kept of each over time: the lowest 14 coefficients of another cosine transform (what happens when), its
+    deviation and that of its steps (how much happens, whenever).
     """
     dim = 512
 
     def __init__(self, sample_rate):
         super().__init__()
         self.mel = Mel(sample_rate, 1024, 64)
-        i = (torch.arange(64) + 0.5) * math.pi / 64
-        self.register_buffer("dct", torch.cos(torch.arange(32)[:, None] * i), persistent=False)      # (32, 64)
+        i = torch.arange(32)[:, None]
+        dct = torch.cos(i * (torch.arange(64) + 0.5) * math.pi / 64)                      # (32, 64)
+        self.register_buffer("time", dct[:14].T / 64)                # kept in the state: another embedder, another fingerprint
+        self.register_buffer("pitch", dct * (i + 1).sqrt())
 
     @torch.no_grad()
     def forward(self, wav):
-        picture = F.interpolate(self.mel.dB(wav) / 80 + 1, size=64, mode="linear")           # (B, 64 bands, 64 columns)
-        picture = picture - picture.mean((1, 2), keepdim=True)
-        return F.normalize((self.dct @ picture @ self.dct[:16].T).flatten(1), dim=-1)
+        x = self.mel.dB(wav) / 80 + 1                                                       # (B, 64, frames)
+        c = self.pitch @ (x - x.mean((1, 2), keepdim=True))                                 # (B, 32, frames)
+        when = F.interpolate(c, size=64, mode="linear") @ self.time                         # (B, 32, 14)
+        much = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
+        return F.normalize(torch.cat([when, much], 2).flatten(1), dim=-1)
 
 
 GET_CLAP = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
@@ -869,11 +874,54 @@ class CLAP(nn.Module):
         self.text_branch = branch
 
 
-def build_embedder(kind, sample_rate, clap=None):
-    """The condition's embedder, "mel" or "clap", frozen; `clap`: the checkpoint file of laion-clap."""
+def build_embedder(kind, sample_rate, clap=None, trained_with=None):
+    """The condition's embedder, "mel" or "clap", frozen; `clap`: the checkpoint file of laion-clap.
+
+    Raises UserError if its fingerprint is not that of the embedder that a generator was `trained_with`.
+    """
     if kind == "clap" and clap is None:
         raise UserError(f"--embedder clap needs a checkpoint: {GET_CLAP}")
-    return (CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)).eval()
+    embedder = (CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)).eval()
+    if trained_with not in (None, fingerprint(embedder)):
+        raise UserError("the generator was trained with another version of the mel embedder: train it anew" if kind == "mel" else
+                        f"--clap {clap} is not the checkpoint that the generator was trained with")
+    return embedder
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of embeddings (n, C) and (m, C), as if either were Gaussian (FAD, arXiv 1812.08466):
+
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S the covariances, all in float64. If X^T X = S, the trace of the root
+    is the sum of the singular values of X_a X_b^T, which stays exact where S has no inverse. Raises UserError below two clips.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a Frechet distance needs at least 2 sounds on either side, got {len(a)} and {len(b)}")
+    a, b = a.double().cpu(), b.double().cpu()
+    A, B = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1)).R for x in (a, b))     # at most C rows each
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum()
+            - 2 * torch.linalg.matrix_norm(A @ B.T, "nuc")).item()
+
+
+def warn_of_few(n, C):
+    """Say so if a Frechet distance of n clips in C dimensions is too high to stand alone."""
+    if n < C:
+        print(f"warning: {n} clips are fewer than the {C} dimensions of their embeddings, which makes Frechet distances too high, those "
+              "of real sounds to real sounds too: compare only figures of equally many clips", file=sys.stderr)
+
+
+def neighbours(e, names):
+    """How often the nearest other embedding (n, C) belongs to a sound of the same kind, and by chance, as a sentence.
+
+    The kind is the folder of a file or the kind of a toy.
+    """
+    kinds = np.array([Path(name).parent.name or name.partition("-")[0] for name in names])
+    same = kinds[:, None] == kinds
+    if same.all():
+        return "all sounds are of one kind (one folder)"
+    nearest = (e @ e.T).fill_diagonal_(-torch.inf).argmax(1).cpu()
+    n = len(kinds)
+    return (f"the nearest other sound is of the same kind for {same[np.arange(n), nearest].mean():.0%} of {n} sounds "
+            f"(chance {(same.sum() - n) / (n * (n - 1)):.0%})")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Listen: variations of a reference, sounds for a text, reconstructions of files.
 
     python sample.py --ref dog.wav -n 4            variations of a sound
-    python sample.py --text "a dog barks"          (a generator trained with --embedder clap)
+    python sample.py --text "a dog barks" "rain"   sounds for words (a generator trained with --embedder clap)
     python sample.py --reconstruct *.wav           files of any length through the tokenizer
+    python sample.py --fad sounds/ made/           Frechet distance of two folders of sounds
     python sample.py                               one new sound of each built-in toy kind, and how many are recognised
 
 Beside the sounds it writes index.html, a page to hear, see and compare them; the second half of this file makes it.
@@ -32,12 +33,13 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--ref", metavar="FILE", help="sound to make variations of")
-    what.add_argument("--text", metavar="WORDS", help="what to make a sound of")
+    what.add_argument("--text", metavar="WORDS", nargs="+", help="what to make sounds of; each argument is a prompt")
     what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
+    what.add_argument("--fad", metavar=("REFERENCE", "MADE"), nargs=2, help="measure how far the sounds of folder MADE are from REFERENCE")
     p.add_argument("--scales", type=int, metavar="K", help="for --reconstruct: only the first K scales")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2 (default: aar.pt)")
-    p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, if the generator was trained with it")
+    p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, if the generator was trained with it; for --fad: what hears")
     p.add_argument("-n", type=int, default=4, help="how many sounds (default: 4)")
     p.add_argument("--cfg", type=float, default=3.0, help="guidance at the last scale; 0: none (default: 3)")
     p.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest codes; 0: from all (default)")
@@ -54,6 +56,8 @@ def main(argv=None):
     device = aar.pick_device(args.device)
     if args.n < 1 or not math.isfinite(args.cfg) or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("-n must be at least 1, --cfg finite, --top-k at least 0, --top-p above 0 and at most 1")
+    if args.fad:
+        return compare_folders(args, device)
     sat = aar.load_sat(args.sat, device)
     config, K, out = sat.config, len(sat.config.scales), Path(args.out)
     try:
@@ -112,14 +116,12 @@ def main(argv=None):
         return finish("Reconstructions", what)
 
     model, kind, clap = aar.load_aar(args.aar, sat, device)
-    embedder = aar.build_embedder(kind, config.sample_rate, args.clap).to(device)
-    if aar.fingerprint(embedder) != clap:
-        raise UserError(f"--clap {args.clap} is not the checkpoint that {args.aar} was trained with")
+    embedder = aar.build_embedder(kind, config.sample_rate, args.clap, clap).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
     if args.top_k > config.V:
         raise UserError(f"--top-k {args.top_k}: there are only {config.V} codes")
     step = "one token" if model.config.next_token else "one scale"
-    what = (f"device {device}, one window is {config.seconds:g} s, {step} per step, condition {kind}, "
+    what = (f"device {device}, every sound is one window of {config.seconds:g} s, {step} per step, condition {kind}, "
             f"guidance {args.cfg:g}, top-k {args.top_k}, top-p {args.top_p:g}, seed {args.seed}")
     print(what)
 
@@ -130,23 +132,27 @@ def main(argv=None):
 
     if args.text:
         if kind != "clap":
-            raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words; train with --embedder clap")
-        name, cond = re.sub(r"\W+", "-", args.text).strip("-")[:60], embedder.text([args.text])
+            raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words: train with --embedder clap; "
+                            f"{aar.GET_CLAP}")
+        prompts = [(re.sub(r"\W+", "-", words).strip("-")[:60], cond) for words, cond in zip(args.text, embedder.text(args.text))]
     elif args.ref:
         wav = aar.load_audio(args.ref, config.sample_rate, seconds=config.seconds)
         wav = torch.nn.functional.pad(wav, (0, config.samples - wav.shape[-1])).to(device)
-        name, cond, reference = Path(args.ref).stem, embedder(wav[None]), sat.encode(wav[None])
-        write(f"{name}.reference.wav", wav, "Reference", reference)
+        prompts = [(Path(args.ref).stem, embedder(wav[None])[0])]
+        reference = sat.encode(wav[None])
+        write(f"{prompts[0][0]}.reference.wav", wav, "Reference", reference)
         coarse_to_fine("Reference, from coarse to fine", reference, range(1, K + 1))
     else:
         toys(args, sat, embedder, generate, write, coarse_to_fine)
         return finish("Toy sounds", what)
-    y, tokens = generate(cond.expand(args.n, -1))
-    for i, (wav, r) in enumerate(zip(y, tokens), start=1):
-        write(f"{name}.variation-{i}.wav", wav, "Variations", r)
+    for name, cond in prompts:
+        y, tokens = generate(cond.expand(args.n, -1))
+        for i, (wav, r, likeness) in enumerate(zip(y, tokens, embedder(y) @ cond), start=1):
+            write(f"{name}.variation-{i}.wav", wav, f"Variations of {name}", r)
+            print(f"    cosine similarity to the {'words' if args.text else 'reference'}: {likeness:.2f}")
     if args.text:
-        coarse_to_fine("Variation 1, from coarse to fine", tokens[0], range(1, K + 1))
-    finish(f"Variations of {args.text or Path(args.ref).name}", what)
+        coarse_to_fine("The last one, from coarse to fine", r, range(1, K + 1))
+    finish(f"Variations of {', '.join(args.text or [Path(args.ref).name])}", what)
 
 
 @torch.no_grad()
@@ -163,6 +169,44 @@ def reconstruct(sat, wav, n):
         y[:, window] += weight * sat.decode(sat.encode(padded[None, :, window])[:n])[0]
         total[:, window] += weight
     return (y / total)[:, :wav.shape[-1]]
+
+
+@torch.no_grad()
+def compare_folders(args, device):
+    """Print the Frechet distance of two folders of sounds, beside that of the reference to itself and of noise to it.
+
+    Every sound is cut or padded to the length of the longest made one, at most 10 s. References that `main` wrote beside
+    their variations do not count as made.
+    """
+    rate = 24000
+    embedder = aar.build_embedder("clap" if args.clap else "mel", rate, args.clap).to(device)
+
+    def load(folder, seconds):
+        if not Path(folder).is_dir():
+            raise UserError(f"--fad {folder}: no such folder")
+        for path in sorted(Path(folder).rglob("*")):
+            if path.suffix.lower() in aar.SoundFolder.SUFFIXES and ".reference" not in path.suffixes:
+                try:
+                    yield aar.load_audio(path, rate, seconds=seconds), str(path)
+                except UserError as e:
+                    print(f"skipped {e}", file=sys.stderr)
+
+    def embed(wavs):
+        parts = [embedder(torch.nn.functional.pad(wav, (0, size - wav.shape[-1]))[None].to(device)).cpu() for wav in wavs]
+        return torch.cat([torch.empty(0, embedder.dim), *parts])
+    made, names = [wav for wav, _ in load(args.fad[1], 10.0)], []
+    if len(made) < 2:
+        raise UserError(f"--fad {args.fad[1]}: {len(made)} readable sounds; at least 2 are needed, better thousands")
+    size = max(1024, *(wav.shape[-1] for wav in made))
+    reference = embed(names.append(name) or wav for wav, name in load(args.fad[0], size / rate))
+    made, noise = embed(made), embed(0.1 * torch.randn(1, size) for _ in made)
+    mixed = reference[torch.randperm(len(reference), generator=torch.Generator().manual_seed(args.seed))]
+    half = min(len(made), len(mixed) // 2)
+    print(f"embedder {'CLAP' if args.clap else 'mel, the stand-in for CLAP'}; every sound cut or padded to {size / rate:g} s")
+    print(f"reference: {aar.neighbours(reference, names)}")
+    for name, a, b in (("made", made, reference), ("some of the reference", mixed[:half], mixed[half:]), ("white noise", noise, reference)):
+        print(f"{name}: Frechet distance {aar.frechet(a, b):.3f} ({len(a)} against {len(b)} clips)")
+    aar.warn_of_few(half, embedder.dim)
 
 
 def mfcc_statistics(wav, sample_rate):

@@ -1386,6 +1386,97 @@ def test_what_is_no_clap_is_refused(tmp_path, clap_file, monkeypatch):
         CLAP(clap_file, 48000)
 
 
+def test_another_version_of_the_stand_in_is_refused():
+    """A generator is used with the very embedder that it was trained with: what the stand-in computes is in its fingerprint."""
+    embedder, other = MelEmbedder(8000), MelEmbedder(8000)
+    other.pitch[3] *= 1.01
+    assert aar.build_embedder("mel", 8000, None, aar.fingerprint(embedder)).dim == 512
+    with pytest.raises(UserError, match="mel embedder"):
+        aar.build_embedder("mel", 8000, None, aar.fingerprint(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures of generated sounds
+# ---------------------------------------------------------------------------------------------------------------
+
+def naive_frechet(a, b):
+    """The formula: numpy's covariances and the square roots of the eigenvalues of their product."""
+    a, b = a.double().numpy(), b.double().numpy()
+    S, T = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(S @ T).real.clip(0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S) + np.trace(T) - 2 * root
+
+
+@pytest.mark.parametrize("n, m, C", [(50, 80, 6), (300, 40, 40), (5, 7, 30), (2, 200, 10)])
+def test_frechet_distance_equals_the_formula(n, m, C):
+    """For correlated numbers, for more and for fewer clips than numbers; the same either way round; 0 to itself."""
+    a, b = torch.randn(n, C) @ torch.randn(C, C) + 1, torch.randn(m, C) @ torch.randn(C, C)
+    assert aar.frechet(a, b) == pytest.approx(naive_frechet(a, b), rel=1e-4)
+    assert aar.frechet(a, b) == pytest.approx(aar.frechet(b, a), rel=1e-9)
+    assert aar.frechet(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_equals_a_matrix_square_root():
+    """Where both covariances have an inverse: tr (S T)^1/2 by scipy's square root; and by hand in one dimension."""
+    from scipy.linalg import sqrtm
+    a, b = torch.randn(60, 8) @ torch.randn(8, 8), 0.5 * torch.randn(50, 8) + 1e3       # a mean that float32 would not stand
+    S, T = np.cov(a.double().T), np.cov(b.double().T)
+    want = (a.double().mean(0) - b.double().mean(0)).square().sum().item() + np.trace(S + T - 2 * sqrtm(S @ T).real)
+    assert aar.frechet(a, b) == pytest.approx(want, rel=1e-9)
+    x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[10.0], [14.0]])                 # deviations sqrt(2), sqrt(8)
+    assert aar.frechet(x, y) == pytest.approx(11 ** 2 + 2)
+    for few in (x[:1], x[:0]):
+        with pytest.raises(UserError, match="at least 2"):
+            aar.frechet(few, y)
+
+
+def test_neighbours_of_the_same_kind():
+    """Counted by hand: the nearest OTHER sound by angle, kinds by folder or, for toys, by name, chance over all pairs."""
+    angles = torch.tensor([0.0, 1, 40, 42, 90, 91]).deg2rad()
+    e = torch.stack([angles.cos(), angles.sin()], 1)
+    paths = ["x/dog/1.wav", "y/dog/2.wav", "x/cat/1.wav", "x/dog/3.wav", "x/rain/1.wav", "x/rain/dog.wav"]
+    toys = ["dog-0", "dog-11", "cat-2", "dog-23", "rain-4", "rain-15"]
+    for names in (paths, toys):
+        assert "67% of 6 sounds (chance 27%)" in aar.neighbours(e, names)               # 4 of 6; 3 + 1 of 15 pairs
+    assert "one kind" in aar.neighbours(e, ["x/1.wav"] * 6)
+
+
+@pytest.mark.parametrize("n", [4, 9, 100])
+def test_rank_of_the_reference(n):
+    """A loop over the candidates; own reference first for perfect sounds, last for silence, in the middle for anything else."""
+    references, y = F.normalize(torch.randn(9, 5), dim=1), F.normalize(torch.randn(9, 5), dim=1)
+    want = [1 + sum(float(y[i] @ references[(i + j) % 9]) >= float(y[i] @ references[i]) for j in range(1, min(n, 9))) for i in range(9)]
+    assert train_aar.ranks(y, references, n).tolist() == want
+    assert train_aar.ranks(references, references, n).tolist() == [1] * 9
+    assert train_aar.ranks(0 * y, references, n).tolist() == [min(n, 9)] * 9
+    y, references = F.normalize(torch.randn(2, 500, 5), dim=2)
+    assert 45 < train_aar.ranks(y, references).float().mean() < 56
+
+
+@torch.no_grad()
+def test_free_running_accuracy(pair):
+    """Right is the code nearest to what the model's own scales leave of the sound: a loop over all codes, token by token."""
+    sat, model = pair
+    f, cond = sat.latents(noise(2, 1, sat.config.samples)), torch.randn(2, 5)
+    right = train_aar.free_running(model, sat, f, cond)
+    r = model.generate(cond, sat, cfg=0, top_k=1)
+    at, f_hat = 0, torch.zeros_like(f)
+    for k, s in enumerate(sat.config.scales):
+        codes = sat.quantizer.codebooks[k].codes
+        for b, j in itertools.product(range(2), range(s)):
+            left = naive_down((f - f_hat)[b].T.numpy(), s)[j]
+            nearest = np.square(codes.numpy() - left).sum(1).argmin()
+            assert right[b, at + j] == (nearest == r[k][b, j])
+        at, f_hat = at + s, sat.quantizer.decode([r_k for r_k in r[:k + 1]])
+    assert right.shape == (2, at)
+
+    class Knows:
+        """Always says the true codes."""
+        def generate(self, cond, sat, **settings):
+            return sat.quantizer.quantize(f)[0]
+    assert train_aar.free_running(Knows(), sat, f, cond).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Scripts
 # ---------------------------------------------------------------------------------------------------------------
@@ -1506,6 +1597,78 @@ def test_the_toy_game(trained, tmp_path, capsys):
     assert re.search(r"(\d+) of 10 ", capsys.readouterr().out)
 
 
+def test_sample_tells_how_like_its_reference_a_variation_is(trained, wav_folder, tmp_path, capsys):
+    """The printed cosine similarity is that of the written sounds."""
+    sample.main([*trained, "--device", "cpu", "--ref", str(wav_folder / "700.wav"), "-n", "3", "--out", str(tmp_path)])
+    printed = [float(x) for x in re.findall(r"similarity to the reference: (\S+)", capsys.readouterr().out)]
+    e = MelEmbedder(24000)(torch.stack([load_audio(path, 24000) for path in sorted(tmp_path.glob("*.wav"))]))   # reference first
+    assert printed == pytest.approx((e[1:] @ e[0]).tolist(), abs=0.02)
+
+
+def test_distance_of_two_folders(tmp_path, capsys):
+    """A folder is at 0 from its copy, however long the files' silence, and farther from other sounds; bad files do not count."""
+    for kind, toy, seed in (("a/kick", 0, 0), ("a/wind", 7, 0), ("copy/kick", 0, 0), ("copy/wind", 7, 0), ("other", 5, 0)):
+        (tmp_path / kind).mkdir(parents=True)
+        for i in range(4):
+            wav = ToySounds(24000, 12000, seed)[10 * i + toy][0]
+            aar.save_audio(tmp_path / kind / f"{i}.wav", wav, 24000)
+    aar.save_audio(tmp_path / "other" / "0.reference.wav", wav, 24000)
+    (tmp_path / "other" / "broken.wav").write_text("no sound")
+    found = []
+    for made in ("copy", "other"):
+        sample.main(["--device", "cpu", "--fad", str(tmp_path / "a"), str(tmp_path / made)])
+        done = capsys.readouterr()
+        found.append({name: (float(d), int(n), int(m)) for name, d, n, m in
+                      re.findall(r"(.+): Frechet distance (\S+) \((\d+) against (\d+) clips\)", done.out)})
+        assert "100% of 8 sounds (chance 43%)" in done.out and "stand-in" in done.out and "0.5 s" in done.out
+        assert "fewer than the 512" in done.err and ("broken.wav" in done.err) == (made == "other")
+    copy, other = found
+    assert copy["made"] == (pytest.approx(0, abs=1e-3), 8, 8) and other["made"][1:] == (4, 8)
+    assert copy["some of the reference"][1:] == (4, 4) and copy["white noise"][1:] == (8, 8)
+    assert 0.1 < other["made"][0] and 0.5 < copy["white noise"][0]
+
+
+def test_windows_of_two_seconds(run, wav_folder, tmp_path):
+    """--seconds stretches the schedule of stage 1; the other scripts follow the checkpoint and tell the length of the window."""
+    common = ["--preset", "tiny", "--data", wav_folder, "--batch", 1, "--steps", 1]
+    checkpoints = ["--sat", tmp_path / "sat.pt", "--aar", tmp_path / "aar.pt"]
+    assert "887 tokens per 2 s" in run("train_sat.py", *common, "--out", tmp_path / "sat.pt", "--seconds", 2).stdout
+    assert "887 tokens" in run("train_aar.py", *common, *checkpoints[:2], "--out", tmp_path / "aar.pt").stdout
+    done = run("sample.py", *checkpoints, "--ref", wav_folder / "700.wav", "-n", 1, "--out", tmp_path / "out")
+    assert "one window of 2 s" in done.stdout
+    assert {name: len(x) for name, (x, _) in waves(tmp_path / "out").items()} == {"700.reference.wav": 48000, "700.variation-1.wav": 48000}
+
+
+def test_evaluation_of_a_generator(tmp_path, capsys):
+    """Its figures are those of the held-back clips, by hand; a line for each setting; nothing is written."""
+    noise_folder(tmp_path / "wavs", [f"{kind}/{i}.wav" for kind in "ab" for i in range(40)])
+    sat, embedder = small_sat(), MelEmbedder(8000)
+    model = small_aar(sat, cond_dim=512)
+    save(tmp_path / "sat.pt", "sat", sat)
+    save(tmp_path / "aar.pt", "aar", model, sat=aar.fingerprint(sat), embedder="mel", clap=aar.fingerprint(embedder))
+    before = set(tmp_path.iterdir())
+    train_aar.main(["--device", "cpu", "--data", str(tmp_path / "wavs"), "--sat", str(tmp_path / "sat.pt"), "--eval", str(tmp_path / "aar.pt"),
+                    "--cfg", "0", "2", "--top-k", "1", "0"])
+    done = capsys.readouterr()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.out.splitlines() if line.startswith("|")]
+    rows = {row[0]: [float(x.strip("%")) for x in row[1:5]] for row in table[2:9]}
+    assert list(rows)[3:] == [f"cfg {t}, top-k {k}, top-p 0.8" for t in (0, 2) for k in (1, 0)]
+    held_back = SoundFolder(tmp_path / "wavs", 8000, sat.config.samples, held_back=True)
+    x = torch.stack([held_back[i][0] for i in range(len(held_back))])
+    cond, tokens = embedder(x), sat.encode(x)
+    for name, y in (("reconstructions", sat.decode(tokens)), ("cfg 0, top-k 1, top-p 0.8", sat.decode(model.generate(cond, sat, cfg=0, top_k=1)))):
+        e = embedder(y)
+        rank = train_aar.ranks(e, cond).float()
+        want = [naive_frechet(e, cond), (e * cond).sum(1).mean().item(), rank.mean().item(), 100 * (rank == 1).float().mean().item()]
+        assert [rows[name][i] - want[i] for i in range(4)] == pytest.approx([0] * 4, abs=0.51) and rows[name][0] == pytest.approx(want[0], abs=2e-3)
+    assert 2 <= len(x) and f"{len(x)} held-back clips" in done.out and "fewer than the 512" in done.err
+    want = train_aar.validate(model, sat, torch.cat(tokens, 1), cond)
+    assert f"per token: {want['held_back']:.2f}" in done.out
+    assert [row[:3] for row in table[-len(sat.config.scales):]] == [[str(s), f"{loss:.2f}", f"{right:.1%}"] for s, loss, right in zip(
+        sat.config.scales, want["per_scale"], want["accuracy"])]
+    assert set(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("extra", [["--rvq"], ["--schedule", "log"]], ids=" ".join)
 def test_both_stages_of_the_baselines(extra, wav_folder, tmp_path, capsys):
     """Residual VQ and other schedules train, with a next-token generator; a checkpoint can be measured."""
@@ -1533,16 +1696,22 @@ def test_training_on_toy_sounds(tmp_path):
 
 
 @quiet_clap
-def test_clap_conditions_the_generator(clap_file, wav_folder, tmp_path):
+def test_clap_conditions_the_generator(clap_file, wav_folder, tmp_path, capsys):
     """Stage 2 trains on CLAP's embeddings, and --text makes sounds from words then."""
     fake_tokenizer(clap_file.parent)
     common = ["--device", "cpu", "--preset", "tiny", "--data", str(wav_folder), "--batch", "1", "--steps", "1"]
     checkpoints = ["--sat", str(tmp_path / "sat.pt")]
     save(tmp_path / "sat.pt", "sat", small_sat(sample_rate=24000, seconds=0.1))
     train_aar.main([*common, *checkpoints, "--out", str(tmp_path / "aar.pt"), "--embedder", "clap", "--clap", str(clap_file)])
-    sample.main(["--device", "cpu", *checkpoints, "--aar", str(tmp_path / "aar.pt"), "--clap", str(clap_file), "--text", "rain / on: \"a\" train",
+    sample.main(["--device", "cpu", *checkpoints, "--aar", str(tmp_path / "aar.pt"), "--clap", str(clap_file), "--text", "rain / on: \"a\" train", "ra",
                  "-n", "2", "--out", str(tmp_path / "out")])
-    assert len(waves(tmp_path / "out")) == 2
+    files = list(waves(tmp_path / "out"))
+    assert len(files) == 4 and sum(name.startswith("ra.") for name in files) == 2
+    likeness = [float(x) for x in re.findall(r"similarity to the words: (\S+)", capsys.readouterr().out)]
+    embedder = CLAP(clap_file, 24000)
+    e = embedder(torch.stack([load_audio(tmp_path / "out" / name, 24000) for name in files]))
+    want = (e * embedder.text(["ra", "ra", *["rain / on: \"a\" train"] * 2])).sum(1).tolist()            # files by name
+    assert likeness == pytest.approx(want[2:] + want[:2], abs=0.02)
     with pytest.raises(UserError, match="--clap"):
         sample.main(["--device", "cpu", *checkpoints, "--aar", str(tmp_path / "aar.pt"), "--text", "rain", "--out", str(tmp_path)])
 
@@ -1562,6 +1731,11 @@ def test_user_errors_end_in_one_line(run, script, args):
     (train_sat.main, "--out {tmp}/sat.html"), (train_aar.main, "--sat {sat} --out {tmp}/aar.wav"),
     (train_sat.main, "--out {sat}"), (train_sat.main, "--out {sat} --resume --rvq"), (train_sat.main, "--out {sat} --resume --steps 9"),
     (train_sat.main, "--out {aar} --resume"), (train_sat.main, "--eval {aar}"), (train_sat.main, "--eval {tmp}/absent.pt"),
+    (train_sat.main, "--seconds 0"), (train_sat.main, "--seconds nan"), (train_sat.main, "--seconds inf"), (train_sat.main, "--seconds 0.1"),
+    (train_aar.main, "--sat {sat} --eval {sat}"), (train_aar.main, "--sat {sat} --eval {tmp}/absent.pt"),
+    (train_aar.main, "--sat {sat} --eval {aar} --cfg 1 nan"), (train_aar.main, "--sat {sat} --eval {aar} --top-p 0.5 0"),
+    (train_aar.main, "--sat {sat} --eval {aar} --data {tmp}/absent"), (sample.main, "--fad {tmp}/absent {wav}"), (sample.main, "--fad {tmp} {tmp}"),
+    (sample.main, "--fad {tmp} {tmp} --clap {tmp}/absent.pt"),
     (train_aar.main, "--sat {aar}"), (train_aar.main, "--sat {sat} --embedder clap"), (train_aar.main, "--sat {sat} --steps 0"),
     (train_aar.main, "--sat {sat} --embedder clap --clap {tmp}/absent.pt"), (train_aar.main, "--sat {sat} --out {tmp}/no/aar.pt"),
     (train_aar.main, "--sat {sat} --out {aar} --resume --steps 3 --batch 2 --next-token"), (train_aar.main, "--sat {sat} --out {aar}"),

@@ -1,11 +1,14 @@
 """Stage 2: train the generator AAR on the tokens of a trained SAT, on the same sounds.
 
-    python train_aar.py --data wavs/ --sat sat.pt --out aar.pt
+    python train_aar.py --data wavs/ --sat sat.pt --out aar.pt                    train
+    python train_aar.py --data wavs/ --sat sat.pt --eval aar.pt --cfg 0 2 4       measure on the held-back clips, once per guidance
 """
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,10 @@ def arguments(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
+    p.add_argument("--eval", metavar="CHECKPOINT", help="train nothing, measure this checkpoint on the held-back clips")
+    p.add_argument("--cfg", type=float, nargs="+", default=[3.0], help="for --eval: guidance, as in sample.py; each value is measured")
+    p.add_argument("--top-k", type=int, nargs="+", default=[0], help="for --eval, likewise")
+    p.add_argument("--top-p", type=float, nargs="+", default=[0.8], help="for --eval, likewise")
     p.set_defaults(command=sample.command("train_aar.py", argv))
     return p.parse_args(argv)
 
@@ -40,6 +47,8 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
+    if args.eval:
+        return evaluate(args, device)
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
     sat = aar.load_sat(args.sat, device)
     embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
@@ -128,6 +137,82 @@ def validate(model, sat, tokens, cond):
     loss, right = (torch.cat(part) for part in zip(*parts))
     return {"held_back": loss.mean().item(), "per_scale": per_scale(loss, model.config.scales),
             "accuracy": per_scale(right, model.config.scales)}
+
+
+@torch.no_grad()
+def free_running(model, sat, f, cond):
+    """Accuracy per scale when the model reads its own likeliest codes: latents f (B, D, T), cond (B, cond_dim) -> (B, L).
+
+    Right is the code nearest to what is left of f after the scales so far; after true scales that is the true code, after
+    wrong ones the code that best repairs them. So only what is read differs from the teacher-forced accuracy.
+    """
+    r, right = model.generate(cond, sat, cfg=0, top_k=1), []
+
+    def choose(k, f_hat):
+        quantizer = sat.quantizer
+        right.append(quantizer.codebooks[k].nearest(quantizer.read(k, f - f_hat)) == r[k])
+        return r[k]
+    sat.quantizer.walk(choose)
+    return torch.cat(right, 1)
+
+
+def ranks(y, references, n=100):
+    """Which rank its own reference has for each generated sound, (N,), by similarity of embeddings (N, C) and (N, C).
+
+    The candidates are the n references from its own on, in a circle. Ties count against it: silence is not like everything.
+    """
+    N = len(references)
+    candidates = (torch.arange(N)[:, None] + torch.arange(min(n, N))) % N                          # (N, n), its own first
+    similarity = (references[candidates] @ y[:, :, None]).squeeze(2)
+    return 1 + (similarity[:, 1:] >= similarity[:, :1]).sum(1)
+
+
+@torch.no_grad()
+def evaluate(args, device):
+    """Print what a generator makes of the conditions of held-back clips, beside real sounds, reconstructions and noise."""
+    settings = list(itertools.product(args.cfg, args.top_k, args.top_p))
+    if not all(math.isfinite(cfg) and k >= 0 and 0 < p <= 1 for cfg, k, p in settings):
+        raise aar.UserError("--cfg must be finite, --top-k at least 0, --top-p above 0 and at most 1")
+    sat = aar.load_sat(args.sat, device)
+    model, kind, trained_with = aar.load_aar(args.eval, sat, device)
+    embedder = aar.build_embedder(kind, sat.config.sample_rate, args.clap, trained_with).to(device)
+    data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
+    n = min(len(held_back), 1000)
+
+    def batched(function, *inputs):
+        return torch.cat([function(*(x.to(device) for x in part)).cpu() for part in zip(*(x.split(16) for x in inputs))])
+
+    def row(name, y, seconds=""):
+        rank = ranks(y, cond)
+        print(f"| {name} | {aar.frechet(y, cond):.3f} | {(y * cond).sum(1).mean():.2f} | {rank.float().mean():.1f} | "
+              f"{(rank == 1).float().mean():.0%} | {seconds} |", flush=True)
+
+    waves, names = zip(*aar.batches(held_back, 16, range(n)))
+    wav = torch.cat(waves)
+    cond = batched(embedder, wav)
+    tokens = batched(lambda x: torch.cat(sat.encode(x), 1), wav)
+    waves, more_names = zip(*aar.batches(data, 16, range(n)))
+    training = torch.cat([batched(embedder, x) for x in waves])
+
+    print(f"device {device}, {args.eval}, {n} held-back clips, and in each line as many; embedder {kind}: "
+          + aar.neighbours(torch.cat([cond, training]), sum((*names, *more_names), ())))
+    aar.warn_of_few(n, embedder.dim)
+    print(f"| | Frechet | similarity | rank of {min(n, 100)} | first | s per clip |\n| --- |" + " ---: |" * 5)
+    row("training clips", training)
+    row("reconstructions", batched(lambda r: embedder(sat.decode(r.split(sat.config.scales, 1))), tokens))
+    row("white noise", batched(embedder, wav.std(-1, keepdim=True) * torch.randn_like(wav)))
+    for cfg, top_k, top_p in settings:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        since = time.perf_counter()
+        y = batched(lambda c: sat.decode(model.generate(c, sat, cfg, top_k, top_p, generator)), cond)
+        seconds = (time.perf_counter() - since) / n
+        row(f"cfg {cfg:g}, top-k {top_k}, top-p {top_p:g}", batched(embedder, y), f"{seconds:.3f}")
+
+    scores = validate(model, sat, tokens, cond)
+    own = per_scale(batched(lambda x, c: free_running(model, sat, sat.latents(x), c), wav, cond), sat.config.scales)
+    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n\n| scale | loss | accuracy | free-running |\n" + "| ---: " * 4 + "|")
+    for s, loss, right, right_own in zip(sat.config.scales, scores["per_scale"], scores["accuracy"], own):
+        print(f"| {s} | {loss:.2f} | {right:.1%} | {right_own:.1%} |")
 
 
 @torch.no_grad()

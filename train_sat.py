@@ -33,8 +33,9 @@ def arguments(argv=None):
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
     p.add_argument("--schedule", default="quadratic", choices=["quadratic", "linear", "log"], help="scales, Fig. 5")
+    p.add_argument("--seconds", type=float, default=1.0, help="length of the window, of which a sound becomes tokens (default: 1)")
     p.add_argument("--rvq", type=int, nargs="?", const=10, metavar="LEVELS",
-                   help="the baseline: residual VQ, LEVELS (default: 10) of all 75 frames, no phi")
+                   help="the baseline: residual VQ, LEVELS (default: 10) of all frames, no phi")
     p.add_argument("--phis", type=int, metavar="N", help="convolutions phi; 0: none (default: the preset's)")
     p.add_argument("--adversarial-at", type=float, metavar="SHARE",
                    help="the discriminators join after this share of the steps; 1: never (default: the preset's)")
@@ -50,7 +51,9 @@ def main(argv=None):
     if args.eval:
         return compare(args, device)
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
-    config = dataclasses.replace(preset.sat, schedule=args.schedule)
+    if not 0 < args.seconds <= 60:
+        raise UserError(f"--seconds {args.seconds:g}: a window lasts more than 0 and at most 60 s")
+    config = dataclasses.replace(preset.sat, schedule=args.schedule, seconds=args.seconds)
     if args.phis is not None:
         config = dataclasses.replace(config, phis=args.phis)
     if args.rvq is not None:
