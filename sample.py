@@ -77,18 +77,19 @@ def main(argv=None):
         print(f"wrote {out / name}")
         if sum(map(len, itertools.chain(*sections.values()))) > 8e6:  # enough for one page
             return left_out.append(name)
-        figures = sections.setdefault(heading or name.rsplit(".", 2)[0], [])
+        heading = heading or name.rsplit(".", 2)[0]
+        figures = sections.setdefault(heading, [])
         if original is not None:
-            figures.append(sound("original", original, config))
+            figures.append(sound(f"{heading}, original", original, config))
         figures.append(sound(name, wav, config, tokens))
 
-    def coarse_to_fine(heading, tokens, ks):
+    def coarse_to_fine(heading, name, tokens, ks):
         """Show what one hears of the first k scales, for each k."""
         figures = sections.setdefault(heading, [])
         for k in ks:
             n = sum(config.scales[:k])
-            name = f"first {k} of {K} scales, {n} token{'s' * (n > 1)}"
-            figures.append(sound(name, sat.decode(tokens[:k])[0], config))
+            label = f"{name}, first {k} of {K} scales, {n} token{'s' * (n > 1)}"
+            figures.append(sound(label, sat.decode(tokens[:k])[0], config))
 
     def finish(title, what):
         if left_out:
@@ -141,7 +142,7 @@ def main(argv=None):
         prompts = [(Path(args.ref).stem, embedder(wav[None])[0])]
         reference = sat.encode(wav[None])
         write(f"{prompts[0][0]}.reference.wav", wav, "Reference", reference)
-        coarse_to_fine("Reference, from coarse to fine", reference, range(1, K + 1))
+        coarse_to_fine("Reference, from coarse to fine", "reference", reference, range(1, K + 1))
     else:
         toys(args, sat, embedder, generate, write, coarse_to_fine)
         return finish("Toy sounds", what)
@@ -151,7 +152,7 @@ def main(argv=None):
             write(f"{name}.variation-{i}.wav", wav, f"Variations of {name}", r)
             print(f"    cosine similarity to the {'words' if args.text else 'reference'}: {likeness:.2f}")
     if args.text:
-        coarse_to_fine("The last one, from coarse to fine", r, range(1, K + 1))
+        coarse_to_fine("The last one, from coarse to fine", f"the last of {name}", r, range(1, K + 1))
     finish(f"Variations of {', '.join(args.text or [Path(args.ref).name])}", what)
 
 
@@ -232,7 +233,7 @@ def toys(args, sat, embedder, generate, write, coarse_to_fine):
         right += nearest == kind
         r, K = sat.encode(references[i:i + 1]), len(config.scales)
         write(f"toy-{kind}.reference.wav", references[i], kind, r)
-        coarse_to_fine(kind, r, [k for k in (1, 2, 4, 8) if k < K] + [K])
+        coarse_to_fine(kind, kind, r, [k for k in (1, 2, 4, 8) if k < K] + [K])
         write(f"toy-{kind}.variation-1.wav", y[i], kind, tokens[i])
         print(f"{kind}: nearest to {'the same kind' if nearest == kind else nearest}")
     print(f"{right} of {len(kinds)} generated sounds are nearest, by MFCC statistics, to the kind of their reference")
@@ -388,8 +389,9 @@ def training_page(args, title, history, originals, config, *more):
     sections = {"Over the steps": [curves(history, *chart) for chart in charts]}
     heard = [row for row in history if "sounds" in row]
     for i in range(len(originals) if heard else 0):
-        sections[f"Held-back sound {i + 1}"] = [sound("original", originals[i], config)] + [
-            sound(f"after {row['step']} steps", row["sounds"][i] / 32767, config) for row in heard]
+        name = f"Held-back sound {i + 1}"
+        sections[name] = [sound(f"{name}, original", originals[i], config)] + [
+            sound(f"{name}, after {row['step']} steps", row["sounds"][i] / 32767, config) for row in heard]
     settings = vars(args) | {name: value for part in (config, *more) for name, value in asdict(part).items()}
     page(Path(args.out).with_suffix(".html"), title, f"After {history[-1]['step']} steps.", settings, sections)
 

@@ -1808,8 +1808,10 @@ class Page(html.parser.HTMLParser):
         return [e for e in self.elements if e["tag"] in tags]
 
     def sounds(self):
-        """{label: samples}; labels that occur twice get the later sound."""
-        return {e["aria-label"]: soundfile.read(embedded(e["src"]), dtype="float32")[0] for e in self.all("audio")}
+        """{label: samples}; each label occurs once."""
+        found = {e["aria-label"]: soundfile.read(embedded(e["src"]), dtype="float32")[0] for e in self.all("audio")}
+        assert len(found) == len(self.all("audio"))
+        return found
 
 
 def embedded(uri):
@@ -1874,7 +1876,7 @@ def test_page_of_a_reference(pages):
     assert len(tokens) == 3 and all([r.shape[1] for r in r_k] == list(sat.config.scales) for r_k in tokens)
     for k in range(1, K + 1):
         n = sum(sat.config.scales[:k])
-        label = f"first {k} of {K} scales, {n} token{'s' if n > 1 else ''}"
+        label = f"reference, first {k} of {K} scales, {n} token{'s' if n > 1 else ''}"
         np.testing.assert_allclose(sounds[label], sat.decode(tokens[0][:k])[0, 0], atol=1e-4)
     for r_k, name in zip(tokens[1:], sorted(files)[1:]):
         np.testing.assert_allclose(sounds[name], sat.decode(r_k)[0, 0], atol=1e-3)
@@ -1884,7 +1886,7 @@ def test_page_of_long_sounds(pages):
     """Of a sound of 12 s a page holds the first ten, original and reconstruction, and says so."""
     sounds = Page(pages["reconstruct"].read_text(encoding="utf-8")).sounds()
     assert [len(x) for x in sounds.values()] == [80000] * 2 and all("first 10 s" in label for label in sounds)
-    assert abs(pitch(sounds["original, first 10 s"], 8000) - 440) < 2
+    assert abs(pitch(sounds[f"{AWKWARD}, original, first 10 s"], 8000) - 440) < 2
 
 
 def test_page_of_the_toys(pages):
@@ -1902,9 +1904,10 @@ def test_page_of_a_training(pages):
     charts = {e["text"] for e in page.all("h3")}
     assert charts >= {"time", "mel", "vq", "adversarial", "feature", "discriminator", "log_mel_dB", "used", "perplexity"}
     labels = [e["aria-label"] for e in page.all("audio")]
-    assert labels == ["original", "after 2 steps", "after 5 steps", "after 6 steps"] * 4
+    assert labels == [f"Held-back sound {i}, {what}" for i in (1, 2, 3, 4)
+                      for what in ("original", "after 2 steps", "after 5 steps", "after 6 steps")]
     now = soundfile.read(pages["sat"].with_suffix(".wav"))[0].reshape(8, -1)[3, 1600:3200]
-    np.testing.assert_allclose(page.sounds()["after 6 steps"], now, atol=1e-3)
+    np.testing.assert_allclose(page.sounds()["Held-back sound 4, after 6 steps"], now, atol=1e-3)
     page = Page(pages["aar"].read_text(encoding="utf-8"))
     assert {"loss, held_back", "per_scale", "accuracy"} <= {e["text"] for e in page.all("h3")}
     assert any("scale 5" in e["text"] for e in page.all("svg"))
