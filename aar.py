@@ -316,6 +316,14 @@ class ConvTranspose1d(nn.ConvTranspose1d):
                                   (0, self.output_padding[0])).squeeze(2)
 
 
+class Conv2d(nn.Conv2d):
+    """The same for the discriminators."""
+
+    def forward(self, x):
+        weight = self.weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+
+
 def conv(kind, *args, gain=1.0, bias=False, **kwargs):
     """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
@@ -444,9 +452,9 @@ class STFTDiscriminator(nn.Module):
         super().__init__()
         self.window = window
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
-        self.convs = nn.ModuleList([conv(nn.Conv2d, 2, c, (9, 3), padding=(4, 1), bias=True)] + [
-            conv(nn.Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d), bias=True) for d in (1, 2, 4)] + [
-            conv(nn.Conv2d, c, c, 3, padding=1, bias=True), conv(nn.Conv2d, c, 1, 3, padding=1, bias=True)])
+        self.convs = nn.ModuleList([conv(Conv2d, 2, c, (9, 3), padding=(4, 1), bias=True)] + [
+            conv(Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d), bias=True) for d in (1, 2, 4)] + [
+            conv(Conv2d, c, c, 3, padding=1, bias=True), conv(Conv2d, c, 1, 3, padding=1, bias=True)])
 
     def forward(self, wav):
         X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, normalized=True,
@@ -462,9 +470,9 @@ class PeriodDiscriminator(nn.Module):
         self.p = p
         widths = [1, c, 2 * c, 4 * c, 8 * c]
         self.convs = nn.ModuleList([
-            conv(nn.Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0), bias=True) for a, b in zip(widths, widths[1:])] + [
-            conv(nn.Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0), bias=True),
-            conv(nn.Conv2d, 8 * c, 1, (3, 1), padding=(1, 0), bias=True)])
+            conv(Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0), bias=True) for a, b in zip(widths, widths[1:])] + [
+            conv(Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0), bias=True),
+            conv(Conv2d, 8 * c, 1, (3, 1), padding=(1, 0), bias=True)])
 
     def forward(self, wav):
         wav = F.pad(wav, (0, -wav.shape[-1] % self.p))
@@ -502,8 +510,10 @@ def adversarial_loss(fake):
 
 def feature_loss(real, fake):
     """Relative feature matching: mean over all layers of |real - fake| / |real|; real sound only sets the target."""
-    pairs = [(r.detach().float(), f.float()) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
-    return sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-5) for r, f in pairs) / len(pairs)
+    def size(x):                                                      # sums in float32, but no float32 copy of the maps
+        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+    pairs = [(r.detach(), f) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
+    return sum(size(r - f) / size(r).clamp(min=1e-5 * r.numel()) for r, f in pairs) / len(pairs)
 
 
 class Mel(nn.Module):
