@@ -35,9 +35,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -128,12 +130,17 @@ class UserError(ValueError):
     """Something that the user can mend: the message says what was seen and what to do, in one line."""
 
 
-def bfloat16(device, on=True):
-    """Inside, multiplications are done in bfloat16 if `on` and if the device gains by it, else in float32."""
+def fast_dtype(device):
+    """What to multiply in: bfloat16 if the device gains by it, else float32."""
     fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
-    if fast is None:                                                  # mps; and meta, which knows no autocast at all
+    return torch.bfloat16 if fast and fast() else torch.float32
+
+
+def bfloat16(device, on=True):
+    """Inside, multiplications are done in `fast_dtype` if `on`, else in float32."""
+    if device.type not in ("cuda", "cpu"):                            # mps; and meta, which knows no autocast at all
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast())
+    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast_dtype(device) == torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +248,7 @@ class MSRQ(nn.Module):
         self.scales, self.frames = config.scales, config.frames
         self.codebooks = nn.ModuleList(Codebook(config.V, config.latent, config.decay) for _ in self.scales)
         self.phis = nn.ModuleList(Phi(config.latent) for _ in range(config.phis))
+        self.parts, self.seen = 1, []                                # of how many parts a batch consists, and those seen
 
     def phi(self, k, h):
         """The phi of scale k: neighbouring scales share one."""
@@ -272,7 +280,7 @@ class MSRQ(nn.Module):
         def choose(k, f_hat):
             z.append(self.read(k, f - f_hat))
             if kmeans:
-                self.codebooks[k].kmeans(z[k].flatten(0, 1))
+                self.codebooks[k].kmeans(gather(z[k].flatten(0, 1)))
             return self.codebooks[k].nearest(z[k])
         with bfloat16(f.device, on=False):                           # nearest codes need all digits
             f = f.float()
@@ -283,8 +291,13 @@ class MSRQ(nn.Module):
         r, f_hats, z = self.quantize(f)
         f = f.float()
         if self.training:
-            for codebook, z_k, r_k in zip(self.codebooks, z, r):
-                codebook.update(z_k.flatten(0, 1), r_k.flatten())
+            self.seen.append((z, r))
+            if len(self.seen) == self.parts:                         # no code moves before the whole batch has chosen
+                for k, codebook in enumerate(self.codebooks):
+                    z_k = torch.cat([z[k].flatten(0, 1) for z, _ in self.seen])
+                    r_k = torch.cat([r[k].flatten() for _, r in self.seen])
+                    codebook.update(gather(z_k), gather(r_k))
+                self.seen.clear()
         commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
         phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
         # Straight-through, ONCE around the whole of MSRQ: forward f_hat_K, backward the identity.
@@ -675,7 +688,7 @@ class AAR(nn.Module):
     def forward(self, cond, teacher_inputs):
         """Condition (B, cond_dim), SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
         if self.training:
-            hide = torch.rand(len(cond), 1, device=cond.device) < self.config.cond_drop
+            hide = share(torch.rand(len(cond) * world(), 1, device=cond.device)) < self.config.cond_drop
             cond = torch.where(hide, self.null, cond)
         start, mods, head = self.condition(cond)
         x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
@@ -975,7 +988,8 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
 def save_audio(path, wav, sample_rate):
     """Write (1, N) as a 16-bit wave file."""
     import soundfile
-    soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    if rank() == 0:
+        soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
 
 
 TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
@@ -1131,7 +1145,9 @@ VERSION = 1
 
 
 def save_checkpoint(path, kind, config, plan, step, history, parts, **run):
-    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole."""
+    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole. One process writes."""
+    if rank() > 0:
+        return
     path = Path(path)
     rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
     state = {"kind": kind, "version": VERSION, "config": asdict(config), "plan": asdict(plan), "step": step,
@@ -1223,6 +1239,9 @@ def pick_device(name=None):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or best)
+        if device.type == "cuda" and dist.is_initialized():           # each process of torchrun has a GPU of its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
@@ -1235,7 +1254,11 @@ def plan_from(plan: TrainConfig, args):
              if (value := getattr(args, name, None)) is not None}
     if not all(0 < value < math.inf for value in given.values()):
         raise UserError(f"--steps, --batch and --lr must be above zero, got {given}")
-    return replace(plan, **given)
+    plan, n = replace(plan, **given), world()
+    if args.accumulate < 1 or plan.batch % (n * args.accumulate):
+        raise UserError(f"--batch {plan.batch} cannot be split into {args.accumulate} equal parts (--accumulate) "
+                        f"for each of {n} processes")
+    return plan
 
 
 def learning_rate(step, plan: TrainConfig):
@@ -1265,9 +1288,54 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
+def rank():
+    """The number of this process: 0 unless torchrun started several."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(x):
+    """This process's equal part of a sequence that all processes have, the first process's first."""
+    n = len(x) // world()
+    return x[rank() * n:(rank() + 1) * n]
+
+
+def gather(x):
+    """The tensors x of all processes one after the other, which undoes `share`."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average(tensors):
+    """Each tensor becomes its mean over the processes."""
+    if world() > 1:
+        for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
+            work.wait()
+        for x in tensors:
+            x /= world()
+
+
+def clip_gradients(model):
+    """Make the gradients those of the whole batch, of all processes, and at most 1 long; returns how long they were."""
+    average([p.grad for p in model.parameters() if p.grad is not None])
+    return nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def progress(steps, **more):
+    """A progress bar over `steps`, in the first process."""
+    return tqdm(steps, disable=rank() > 0, dynamic_ncols=True, **more)
+
+
 def batches(data, batch, places):
     """Batches (wav (B, 1, N), names) of data[i] for i in `places`, decoded ahead in other processes."""
-    workers = min(4, max(1, (os.cpu_count() or 1) // 2))
+    workers = min(4, max(1, (os.cpu_count() or 1) // 2 // world()))
     return iter(torch.utils.data.DataLoader(data, batch, sampler=places, num_workers=workers, prefetch_factor=4,
                                             pin_memory=torch.cuda.is_available(),
                                             generator=torch.Generator()))    # so that it draws no number from ours
@@ -1281,12 +1349,17 @@ class Stop:
     """Ctrl-C asks for a stop after the step at hand; a second one stops at once."""
 
     def __init__(self):
-        self.asked = False
+        self.here = False
         self.before = signal.signal(signal.SIGINT, self)
 
     def __call__(self, *_):
         signal.signal(signal.SIGINT, self.before)
-        self.asked = True
+        self.here = True
+
+    @property
+    def asked(self):
+        """The same answer in all processes, since a step takes all of them."""
+        return gather(torch.tensor([int(self.here)])).any()
 
 
 class Log:
@@ -1298,6 +1371,7 @@ class Log:
 
     def clear(self):
         self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        self.until = self.since                                       # end of the last step: validation does not count
 
     def wait(self, loader):
         since = time.perf_counter()
@@ -1306,7 +1380,8 @@ class Log:
         return batch
 
     def add(self, step, names, **losses):
-        self.pending.append((step, names, {part: value.detach() for part, value in losses.items()}))
+        self.pending.append((step, names, losses))
+        self.until = time.perf_counter()
         if len(self.pending) == 10:
             self.flush()
 
@@ -1314,20 +1389,21 @@ class Log:
         """Raises UserError at the first loss that is not finite."""
         for step, names, losses in self.pending:
             self.steps += 1
-            for part, value in losses.items():
-                value = float(value)
+            values = torch.stack(list(losses.values()))
+            average([values])
+            for part, value in zip(losses, values.tolist()):
                 if not math.isfinite(value):
                     raise UserError(f"step {step}: loss part {part!r} is {value} on {', '.join(names)}; the last checkpoint "
                                     "is kept; go on from it with a smaller --lr")
                 self.sums[part] = self.sums.get(part, 0.0) + value
-            self.bar.set_postfix({part: f"{float(value):.3f}" for part, value in losses.items()}, refresh=False)
+            self.bar.set_postfix({part: f"{value:.3f}" for part, value in zip(losses, values.tolist())}, refresh=False)
         self.pending.clear()
 
     def write(self, step, sounds=None, **more):
         """Print one line and remember it, with the sounds (n, 1, N) that were made now; of the earlier ones only the first
         and the last are kept."""
         self.flush()
-        n, seconds = max(1, self.steps), time.perf_counter() - self.since
+        n, seconds = max(1, self.steps), self.until - self.since
         row = {"step": step} | {part: value / n for part, value in self.sums.items()} | more
         row |= {"s_per_step": seconds / n, "waited": self.waited / seconds}
         self.history.append(row)
@@ -1344,6 +1420,10 @@ class Log:
 
 def command_line(main):
     """Run a script's main(); what the user can mend ends in one line and exit code 2, without a traceback."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group()
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     try:
         main()
     except Stopped as e:
