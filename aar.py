@@ -35,9 +35,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -128,12 +130,17 @@ class UserError(ValueError):
     """Something that the user can mend: the message says what was seen and what to do, in one line."""
 
 
-def bfloat16(device, on=True):
-    """Inside, multiplications are done in bfloat16 if `on` and if the device gains by it, else in float32."""
+def fast_dtype(device):
+    """What to multiply in: bfloat16 if the device gains by it, else float32."""
     fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
-    if fast is None:                                                  # mps; and meta, which knows no autocast at all
+    return torch.bfloat16 if fast and fast() else torch.float32
+
+
+def bfloat16(device, on=True):
+    """Inside, multiplications are done in `fast_dtype` if `on`, else in float32."""
+    if device.type not in ("cuda", "cpu"):                            # mps; and meta, which knows no autocast at all
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast())
+    return torch.autocast(device.type, torch.bfloat16, enabled=on and fast_dtype(device) == torch.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,6 +248,7 @@ class MSRQ(nn.Module):
         self.scales, self.frames = config.scales, config.frames
         self.codebooks = nn.ModuleList(Codebook(config.V, config.latent, config.decay) for _ in self.scales)
         self.phis = nn.ModuleList(Phi(config.latent) for _ in range(config.phis))
+        self.parts, self.seen = 1, []                                # of how many parts a batch consists, and those seen
 
     def phi(self, k, h):
         """The phi of scale k: neighbouring scales share one."""
@@ -272,7 +280,7 @@ class MSRQ(nn.Module):
         def choose(k, f_hat):
             z.append(self.read(k, f - f_hat))
             if kmeans:
-                self.codebooks[k].kmeans(z[k].flatten(0, 1))
+                self.codebooks[k].kmeans(gather(z[k].flatten(0, 1)))
             return self.codebooks[k].nearest(z[k])
         with bfloat16(f.device, on=False):                           # nearest codes need all digits
             f = f.float()
@@ -283,8 +291,13 @@ class MSRQ(nn.Module):
         r, f_hats, z = self.quantize(f)
         f = f.float()
         if self.training:
-            for codebook, z_k, r_k in zip(self.codebooks, z, r):
-                codebook.update(z_k.flatten(0, 1), r_k.flatten())
+            self.seen.append((z, r))
+            if len(self.seen) == self.parts:                         # no code moves before the whole batch has chosen
+                for k, codebook in enumerate(self.codebooks):
+                    z_k = torch.cat([z[k].flatten(0, 1) for z, _ in self.seen])
+                    r_k = torch.cat([r[k].flatten() for _, r in self.seen])
+                    codebook.update(gather(z_k), gather(r_k))
+                self.seen.clear()
         commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
         phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
         # Straight-through, ONCE around the whole of MSRQ: forward f_hat_K, backward the identity.
@@ -314,6 +327,14 @@ class ConvTranspose1d(nn.ConvTranspose1d):
         weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0]),
                                   (0, self.output_padding[0])).squeeze(2)
+
+
+class Conv2d(nn.Conv2d):
+    """The same for the discriminators."""
+
+    def forward(self, x):
+        weight = self.weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 def conv(kind, *args, gain=1.0, bias=False, **kwargs):
@@ -444,9 +465,9 @@ class STFTDiscriminator(nn.Module):
         super().__init__()
         self.window = window
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
-        self.convs = nn.ModuleList([conv(nn.Conv2d, 2, c, (9, 3), padding=(4, 1), bias=True)] + [
-            conv(nn.Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d), bias=True) for d in (1, 2, 4)] + [
-            conv(nn.Conv2d, c, c, 3, padding=1, bias=True), conv(nn.Conv2d, c, 1, 3, padding=1, bias=True)])
+        self.convs = nn.ModuleList([conv(Conv2d, 2, c, (9, 3), padding=(4, 1), bias=True)] + [
+            conv(Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d), bias=True) for d in (1, 2, 4)] + [
+            conv(Conv2d, c, c, 3, padding=1, bias=True), conv(Conv2d, c, 1, 3, padding=1, bias=True)])
 
     def forward(self, wav):
         X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, normalized=True,
@@ -462,9 +483,9 @@ class PeriodDiscriminator(nn.Module):
         self.p = p
         widths = [1, c, 2 * c, 4 * c, 8 * c]
         self.convs = nn.ModuleList([
-            conv(nn.Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0), bias=True) for a, b in zip(widths, widths[1:])] + [
-            conv(nn.Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0), bias=True),
-            conv(nn.Conv2d, 8 * c, 1, (3, 1), padding=(1, 0), bias=True)])
+            conv(Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0), bias=True) for a, b in zip(widths, widths[1:])] + [
+            conv(Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0), bias=True),
+            conv(Conv2d, 8 * c, 1, (3, 1), padding=(1, 0), bias=True)])
 
     def forward(self, wav):
         wav = F.pad(wav, (0, -wav.shape[-1] % self.p))
@@ -502,8 +523,10 @@ def adversarial_loss(fake):
 
 def feature_loss(real, fake):
     """Relative feature matching: mean over all layers of |real - fake| / |real|; real sound only sets the target."""
-    pairs = [(r.detach().float(), f.float()) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
-    return sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-5) for r, f in pairs) / len(pairs)
+    def size(x):                                                      # sums in float32, but no float32 copy of the maps
+        return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
+    pairs = [(r.detach(), f) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
+    return sum(size(r - f) / size(r).clamp(min=1e-5 * r.numel()) for r, f in pairs) / len(pairs)
 
 
 class Mel(nn.Module):
@@ -600,6 +623,27 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
+class Prepared(nn.Module):
+    """A linear layer, and the GELU after it, for generation: weights in `fast_dtype`, on a CPU in its own order.
+
+    A CPU's matrix unit reads weights in an order of its own. It is made once here, not anew at each of the K scales.
+    """
+
+    def __init__(self, linear, gelu=False):
+        super().__init__()
+        dtype = fast_dtype(linear.weight.device)
+        self.bias, self.gelu, self.packed = linear.bias.to(dtype), gelu, linear.weight.is_cpu
+        reorder = torch.ops.mkldnn._reorder_linear_weight if self.packed else torch.Tensor.contiguous
+        self.weight = reorder(linear.weight.to(dtype))
+
+    def forward(self, x):
+        x, act = x.to(self.bias.dtype), ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *act)
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x, approximate="tanh") if self.gelu else x
+
+
 def block_mask(blocks):
     """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L).
 
@@ -665,11 +709,20 @@ class AAR(nn.Module):
     def forward(self, cond, teacher_inputs):
         """Condition (B, cond_dim), SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
         if self.training:
-            hide = torch.rand(len(cond), 1, device=cond.device) < self.config.cond_drop
+            hide = share(torch.rand(len(cond) * world(), 1, device=cond.device)) < self.config.cond_drop
             cond = torch.where(hide, self.null, cond)
         start, mods, head = self.condition(cond)
         x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
         return self.logits(x, mods, head, self.mask)
+
+    @torch.no_grad()
+    def prepare(self):
+        """For generation only, from now on: see `Prepared`."""
+        for layer in self.layers:
+            attention, mlp = layer.attention, layer.mlp
+            attention.qkv, attention.proj = Prepared(attention.qkv), Prepared(attention.proj)
+            layer.mlp = nn.Sequential(Prepared(mlp[0], gelu=True), Prepared(mlp[2]))
+        return self
 
     @torch.inference_mode()
     def generate(self, cond, sat, cfg=3.0, top_k=0, top_p=0.8, generator=None):
@@ -682,7 +735,8 @@ class AAR(nn.Module):
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])                  # both halves in one batch
         start, mods, head = self.condition(cond)
-        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64) for _ in self.layers]
+        dtype = self.layers[0].attention.qkv.bias.dtype
+        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64, dtype=dtype) for _ in self.layers]
         at, last = 0, None                                                     # places filled, code of the last token
 
         def choose(k, f_hat):
@@ -965,7 +1019,8 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
 def save_audio(path, wav, sample_rate):
     """Write (1, N) as a 16-bit wave file."""
     import soundfile
-    soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    if rank() == 0:
+        soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
 
 
 TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
@@ -1121,7 +1176,9 @@ VERSION = 1
 
 
 def save_checkpoint(path, kind, config, plan, step, history, parts, **run):
-    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole."""
+    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole. One process writes."""
+    if rank() > 0:
+        return
     path = Path(path)
     rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
     state = {"kind": kind, "version": VERSION, "config": asdict(config), "plan": asdict(plan), "step": step,
@@ -1213,6 +1270,9 @@ def pick_device(name=None):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or best)
+        if device.type == "cuda" and dist.is_initialized():           # each process of torchrun has a GPU of its own
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
@@ -1225,7 +1285,11 @@ def plan_from(plan: TrainConfig, args):
              if (value := getattr(args, name, None)) is not None}
     if not all(0 < value < math.inf for value in given.values()):
         raise UserError(f"--steps, --batch and --lr must be above zero, got {given}")
-    return replace(plan, **given)
+    plan, n = replace(plan, **given), world()
+    if args.accumulate < 1 or plan.batch % (n * args.accumulate):
+        raise UserError(f"--batch {plan.batch} cannot be split into {args.accumulate} equal parts (--accumulate) "
+                        f"for each of {n} processes")
+    return plan
 
 
 def learning_rate(step, plan: TrainConfig):
@@ -1255,9 +1319,54 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
+def rank():
+    """The number of this process: 0 unless torchrun started several."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(x):
+    """This process's equal part of a sequence that all processes have, the first process's first."""
+    n = len(x) // world()
+    return x[rank() * n:(rank() + 1) * n]
+
+
+def gather(x):
+    """The tensors x of all processes one after the other, which undoes `share`."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def average(tensors):
+    """Each tensor becomes its mean over the processes."""
+    if world() > 1:
+        for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
+            work.wait()
+        for x in tensors:
+            x /= world()
+
+
+def clip_gradients(model):
+    """Make the gradients those of the whole batch, of all processes, and at most 1 long; returns how long they were."""
+    average([p.grad for p in model.parameters() if p.grad is not None])
+    return nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def progress(steps, **more):
+    """A progress bar over `steps`, in the first process."""
+    return tqdm(steps, disable=rank() > 0, dynamic_ncols=True, **more)
+
+
 def batches(data, batch, places):
     """Batches (wav (B, 1, N), names) of data[i] for i in `places`, decoded ahead in other processes."""
-    workers = min(4, max(1, (os.cpu_count() or 1) // 2))
+    workers = min(4, max(1, (os.cpu_count() or 1) // 2 // world()))
     return iter(torch.utils.data.DataLoader(data, batch, sampler=places, num_workers=workers, prefetch_factor=4,
                                             pin_memory=torch.cuda.is_available(),
                                             generator=torch.Generator()))    # so that it draws no number from ours
@@ -1271,12 +1380,17 @@ class Stop:
     """Ctrl-C asks for a stop after the step at hand; a second one stops at once."""
 
     def __init__(self):
-        self.asked = False
+        self.here = False
         self.before = signal.signal(signal.SIGINT, self)
 
     def __call__(self, *_):
         signal.signal(signal.SIGINT, self.before)
-        self.asked = True
+        self.here = True
+
+    @property
+    def asked(self):
+        """The same answer in all processes, since a step takes all of them."""
+        return gather(torch.tensor([int(self.here)])).any()
 
 
 class Log:
@@ -1288,6 +1402,7 @@ class Log:
 
     def clear(self):
         self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+        self.until = self.since                                       # end of the last step: validation does not count
 
     def wait(self, loader):
         since = time.perf_counter()
@@ -1296,7 +1411,8 @@ class Log:
         return batch
 
     def add(self, step, names, **losses):
-        self.pending.append((step, names, {part: value.detach() for part, value in losses.items()}))
+        self.pending.append((step, names, losses))
+        self.until = time.perf_counter()
         if len(self.pending) == 10:
             self.flush()
 
@@ -1304,20 +1420,21 @@ class Log:
         """Raises UserError at the first loss that is not finite."""
         for step, names, losses in self.pending:
             self.steps += 1
-            for part, value in losses.items():
-                value = float(value)
+            values = torch.stack(list(losses.values()))
+            average([values])
+            for part, value in zip(losses, values.tolist()):
                 if not math.isfinite(value):
                     raise UserError(f"step {step}: loss part {part!r} is {value} on {', '.join(names)}; the last checkpoint "
                                     "is kept; go on from it with a smaller --lr")
                 self.sums[part] = self.sums.get(part, 0.0) + value
-            self.bar.set_postfix({part: f"{float(value):.3f}" for part, value in losses.items()}, refresh=False)
+            self.bar.set_postfix({part: f"{value:.3f}" for part, value in zip(losses, values.tolist())}, refresh=False)
         self.pending.clear()
 
     def write(self, step, sounds=None, **more):
         """Print one line and remember it, with the sounds (n, 1, N) that were made now; of the earlier ones only the first
         and the last are kept."""
         self.flush()
-        n, seconds = max(1, self.steps), time.perf_counter() - self.since
+        n, seconds = max(1, self.steps), self.until - self.since
         row = {"step": step} | {part: value / n for part, value in self.sums.items()} | more
         row |= {"s_per_step": seconds / n, "waited": self.waited / seconds}
         self.history.append(row)
@@ -1334,6 +1451,10 @@ class Log:
 
 def command_line(main):
     """Run a script's main(); what the user can mend ends in one line and exit code 2, without a traceback."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group()
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     try:
         main()
     except Stopped as e:

@@ -383,6 +383,8 @@ def curves(history, *names):
 
 def training_page(args, title, history, originals, config, *more):
     """Write, beside the checkpoint, what the log says and how held-back sounds (n, 1, N) came out at first, before, now."""
+    if aar.rank() > 0:
+        return
     names = dict.fromkeys(name for row in history for name in row)
     charts = [("loss", "held_back")] if "held_back" in names else []
     charts += [(name,) for name in names if name not in ("step", "sounds", "loss", "held_back")]

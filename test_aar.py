@@ -687,7 +687,9 @@ def small_plan(**changes):
 
 def options(out, *more):
     """The command line options that both training loops read."""
-    return train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
+    args = train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
+    args.compile = False
+    return args
 
 
 def test_learning_rate():
@@ -879,6 +881,67 @@ def wav_folder(tmp_path_factory):
         soundfile.write(folder / f"{hz}.wav", sine(hz, 16000, 1.2) + 0.01 * np.random.default_rng(i).standard_normal(19200), 16000)
     (folder / "broken.wav").write_text("no sound")
     return folder
+
+
+def train_both_stages(folder, data, accumulate=1):
+    """Four steps of each stage on batches of four, in float32, with codes that die soon; the checkpoints go to `folder`.
+
+    The loss of the features is left out: its denominators are means over the part of the batch at hand.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aar, "fast_dtype", lambda device: torch.float32)
+        patch.setitem(train_sat.WEIGHTS, "feature", 0.0)
+        torch.manual_seed(0)
+        sat, plan = small_sat(decay=0.2), small_plan(batch=4)
+        args = options(folder / "sat.pt", "--data", data, "--accumulate", accumulate)
+        train_sat.train(args, sat.config, plan, CPU)
+        args.out, args.embedder = folder / "aar.pt", "mel"
+        config = AARConfig(scales=sat.config.scales, latent=6, V=16, depth=1, cond_drop=0.5)
+        train_aar.train(args, sat, MelEmbedder(8000), config, plan, CPU)
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory, wav_folder):
+    """Checkpoints of `train_both_stages` in one process and one part."""
+    folder = tmp_path_factory.mktemp("joint")
+    train_both_stages(folder, wav_folder)
+    return folder
+
+
+def assert_same_training(one, other):
+    """Both folders hold the same checkpoints up to rounding: losses, lengths of gradients, codebooks and weights."""
+    for stage in ("sat", "aar"):
+        a, b = (aar.load_checkpoint(folder / f"{stage}.pt", stage) for folder in (one, other))
+        for row, same in zip(a["history"], b["history"], strict=True):
+            for name in ("loss",) if stage == "aar" else ("mel", "vq", "adversarial", "discriminator"):
+                assert row.get(name, 0) == pytest.approx(same.get(name, 0), rel=1e-4)
+            assert row["norm"] == pytest.approx(same["norm"], rel=1e-3)
+        for (path, x), (_, y) in zip(leaves(a["parts"]), leaves(b["parts"]), strict=True):
+            if torch.is_tensor(x) and "optimizer" not in path and "muon" not in path:
+                # Of weights the median, since AdamW makes a step of full length of a gradient that is all rounding.
+                apart = (x - y).abs().float()
+                assert apart.max() < 5e-3 if "codebooks" in path else apart.median() < 5e-5, f"{stage}{path}"
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_batch_in_parts_is_the_batch(accumulate, tmp_path, wav_folder, joint):
+    """With --accumulate N a step is that of the whole batch, codebooks included."""
+    train_both_stages(tmp_path, wav_folder, accumulate)
+    assert_same_training(joint, tmp_path)
+
+
+def test_two_processes_are_one(tmp_path, wav_folder, joint):
+    """Two processes of torchrun do the steps of one process on the joint batch: weights, codebooks, revived codes."""
+    script = tmp_path / "both.py"
+    script.write_text(f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\nimport aar, test_aar\n"
+                      f"folder, data = map(Path, ({str(tmp_path)!r}, {str(wav_folder)!r}))\n"
+                      "aar.command_line(lambda: test_aar.train_both_stages(folder, data))\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tokens per 0.2 s") == 1                 # one process speaks
+    assert_same_training(joint, tmp_path)
 
 
 def test_stops_at_a_loss_that_is_not_finite(tmp_path, wav_folder):

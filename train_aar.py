@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import aar
 import sample
@@ -32,6 +31,8 @@ def arguments(argv=None):
     p.add_argument("--next-token", action="store_true", help="the baseline: one token per step")
     p.add_argument("--steps", type=int, help="default: the preset's")
     p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
+    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="take the batch in N parts: less memory, same result")
+    p.add_argument("--compile", action="store_true", help="translate the model for this machine (torch.compile) first")
     p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -57,14 +58,19 @@ def main(argv=None):
     train(args, sat, embedder, config, aar.plan_from(preset.train_aar, args), device)
 
 
-def train(args, sat, embedder, config, plan, device):
-    """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds and a page."""
-    torch.manual_seed(args.seed)
+def build(config, lr, device):
+    """A new generator and its optimizer."""
     model = AAR(config).to(device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = {"muon": aar.Muon(matrices, plan.lr),
-                  "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)}
+    return model, {"muon": aar.Muon(matrices, lr),
+                   "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)}
+
+
+def train(args, sat, embedder, config, plan, device):
+    """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds and a page."""
+    torch.manual_seed(args.seed)
+    model, optimizers = build(config, plan.lr, device)
     parts = {"aar": model} | optimizers
     run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder,
            "clap": aar.fingerprint(embedder)}
@@ -82,20 +88,19 @@ def train(args, sat, embedder, config, plan, device):
     weight = torch.cat([torch.full((s,), s ** -0.5) for s in config.scales]).to(device)
     weight /= weight.mean()
 
-    bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
+    if args.compile:
+        model.compile()
+    bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
     log, stop = aar.Log(bar, history), aar.Stop()
     for step in bar:
         pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
+        pick = aar.share(pick)
         lr = aar.learning_rate(step, plan)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        loss = losses(model, sat, tokens[pick].to(device), cond[pick].to(device))[0]
-        model.zero_grad()
-        (loss * weight).mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss.mean(), norm=norm)
+        loss, norm = train_step(model, sat, optimizers, weight, [(tokens[i].to(device), cond[i].to(device))
+                                                                 for i in pick.chunk(args.accumulate)])
+        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss, norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
@@ -105,6 +110,23 @@ def train(args, sat, embedder, config, plan, device):
             sample.training_page(args, "Stage 2: the generator", log.history, heard, sat.config, config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
+
+
+def train_step(model, sat, optimizers, weight, parts):
+    """One step on a batch of tokens and conditions, given in equal parts (r, cond) whose gradients add up.
+
+    Returns the loss of the batch and the length of its gradient.
+    """
+    total = 0.0
+    model.zero_grad()
+    for r, cond in parts:
+        loss = losses(model, sat, r, cond)[0]
+        ((loss * weight).mean() / len(parts)).backward()
+        total += loss.mean().detach() / len(parts)
+    norm = aar.clip_gradients(model)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return total, norm
 
 
 def losses(model, sat, r, cond):
@@ -232,12 +254,14 @@ def tokenize(args, sat, embedder, data, n, name):
         except Exception:                                             # truncated or foreign: made anew
             pass
     device, tokens, cond = next(sat.parameters()).device, [], []
-    for wav, _ in tqdm(aar.batches(data, 16, range(n)), total=math.ceil(n / 16), desc=f"{name} tokens", unit="batch"):
+    clips = aar.share([i % n for i in range(n + -n % aar.world())])   # as many for each process
+    for wav, _ in aar.progress(aar.batches(data, 16, clips), total=math.ceil(len(clips) / 16), desc=f"{name} tokens", unit="batch"):
         wav = wav.to(device)
-        tokens.append(torch.cat(sat.encode(wav), 1).short().cpu())
+        tokens.append(torch.cat(sat.encode(wav), 1).cpu())
         cond.append(embedder(wav).cpu())
-    tokens, cond = torch.cat(tokens), torch.cat(cond)
-    torch.save({"key": key, "tokens": tokens, "cond": cond}, cache)
+    tokens, cond = aar.gather(torch.cat(tokens))[:n].short(), aar.gather(torch.cat(cond))[:n]
+    if aar.rank() == 0:
+        torch.save({"key": key, "tokens": tokens, "cond": cond}, cache)
     return tokens, cond
 
 

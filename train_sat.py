@@ -11,7 +11,6 @@ from pathlib import Path
 
 import soundfile
 import torch
-from tqdm import tqdm
 
 import aar
 import sample
@@ -28,6 +27,7 @@ def arguments(argv=None):
     p.add_argument("--out", default="sat.pt", help="checkpoint to write (default: sat.pt)")
     p.add_argument("--steps", type=int, help="default: the preset's")
     p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
+    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="take the batch in N parts: less memory, same result")
     p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -61,15 +61,22 @@ def main(argv=None):
     train(args, config, aar.plan_from(preset.train_sat, args), device)
 
 
-def train(args, config, plan, device):
-    """Train SAT by `plan`; writes args.out and, beside it, a wave file of originals and reconstructions and a page."""
-    torch.manual_seed(args.seed)
+def build(config, lr, device):
+    """A new tokenizer, its discriminators and the optimizers of both players."""
     sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
     matrices = [p for p in sat.parameters() if p.numel() > len(p)]
     lengths = [p for p in sat.parameters() if p.numel() == len(p)]    # of weight norm
-    optimizers = {"muon": aar.Muon(matrices, plan.lr),
-                  "optimizer": torch.optim.AdamW(lengths, betas=(0.8, 0.99), weight_decay=0.01),
-                  "d_optimizer": torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99), weight_decay=0.01)}
+    return sat, discriminators, {
+        "muon": aar.Muon(matrices, lr),
+        "optimizer": torch.optim.AdamW(lengths, betas=(0.8, 0.99), weight_decay=0.01),
+        "d_optimizer": torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99), weight_decay=0.01)}
+
+
+def train(args, config, plan, device):
+    """Train SAT by `plan`; writes args.out and, beside it, a wave file of originals and reconstructions and a page."""
+    torch.manual_seed(args.seed)
+    sat, discriminators, optimizers = build(config, plan.lr, device)
+    sat.quantizer.parts = args.accumulate
     parts = {"sat": sat, "discriminators": discriminators} | optimizers
     start, history = aar.begin(args, "sat", config, plan, parts, seed=args.seed)
     data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
@@ -78,9 +85,10 @@ def train(args, config, plan, device):
     print(f"device {device}, {sum(p.numel() for p in sat.parameters()) / 1e6:.2f} M parameters, {data}, "
           f"{sum(config.scales)} tokens per {config.seconds:g} s: scales {config.scales}")
 
-    bar = tqdm(range(start, plan.steps), initial=start, total=plan.steps, unit="step", dynamic_ncols=True)
+    bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
     log, stop = aar.Log(bar, history), aar.Stop()                     # before the workers, which must not die of Ctrl-C
-    loader = aar.batches(data, plan.batch, range(start * plan.batch, plan.steps * plan.batch))
+    clips = (i for step in range(start, plan.steps) for i in aar.share(range(step * plan.batch, (step + 1) * plan.batch)))
+    loader = aar.batches(data, plan.batch // aar.world(), clips)
     for step in bar:
         wav, names = log.wait(loader)
         wav = wav.to(device, non_blocking=True)
@@ -89,44 +97,55 @@ def train(args, config, plan, device):
             optimizer.param_groups[0]["lr"] = lr
         if step == quantize_at:
             # Start the codebooks on the first V clips, so that scale 1, one vector a clip, has one for each code.
-            first = aar.batches(data, plan.batch, range(config.V))
+            first = aar.batches(data, plan.batch, aar.share(range(config.V)))
             with torch.no_grad():
                 sat.quantizer.quantize(torch.cat([sat.latents(x.to(device)) for x, _ in first]), kmeans=True)
-
-        with aar.bfloat16(device):
-            if step < quantize_at:
-                y, tokens, vq = sat.decoder(sat.latents(wav)), None, wav.new_zeros(())
-            else:
-                y, tokens, vq = sat(wav)
-        losses = {"time": (wav - y).abs().mean(), "wave": aar.wave_loss(wav, y), "mel": mel_loss(wav, y), "vq": vq}
-        if step >= adversarial_at:
-            # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
-            with aar.bfloat16(device):
-                real, fake = discriminators(wav), discriminators(y)
-            d_loss = aar.discriminator_loss(real, fake)
-            discriminators.zero_grad()
-            d_loss.backward(inputs=list(discriminators.parameters()), retain_graph=True)
-            losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
-        loss = sum(WEIGHTS[name] * value for name, value in losses.items())
-        sat.zero_grad()
-        loss.backward(inputs=list(sat.parameters()))
-        losses["norm"] = torch.nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
-        optimizers["muon"].step()
-        optimizers["optimizer"].step()
-        if step >= adversarial_at:
-            losses["discriminator"] = d_loss
-            torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
-            optimizers["d_optimizer"].step()
+        losses = train_step(sat, discriminators, optimizers, mel_loss, wav.chunk(args.accumulate),
+                            step >= quantize_at, step >= adversarial_at)
         log.add(step, names, **losses)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
-            log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back) | {
+            log.write(step + 1, **({} if step < quantize_at else evaluate(sat, held_back) | {
                 "sounds": listen(sat, heard, Path(args.out).with_suffix(".wav"))[:4]}))
             aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, seed=args.seed)
             sample.training_page(args, "Stage 1: the tokenizer", log.history, heard[:4], config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
+
+
+def train_step(sat, discriminators, optimizers, mel_loss, parts, quantize=True, adversarial=True):
+    """One step on a batch of sounds, given in equal parts (b, 1, N) whose gradients add up; returns the losses."""
+    seen = []
+    sat.zero_grad()
+    discriminators.zero_grad()
+    for x in parts:
+        with aar.bfloat16(x.device):
+            if quantize:
+                y, _, vq = sat(x)
+            else:
+                y, vq = sat.decoder(sat.latents(x)), x.new_zeros(())
+        losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
+        if adversarial:
+            # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
+            with aar.bfloat16(x.device):
+                real, fake = discriminators(x), discriminators(y)
+            losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
+            d_loss = aar.discriminator_loss(real, fake)
+            (d_loss / len(parts)).backward(inputs=list(discriminators.parameters()), retain_graph=True)
+        loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+        (loss / len(parts)).backward(inputs=list(sat.parameters()))
+        if adversarial:
+            losses["discriminator"] = d_loss
+        seen.append({name: value.detach() for name, value in losses.items()})
+    losses = {name: sum(part[name] for part in seen) / len(seen) for name in seen[0]}
+    losses["norm"] = aar.clip_gradients(sat)
+    optimizers["muon"].step()
+    optimizers["optimizer"].step()
+    if adversarial:
+        aar.clip_gradients(discriminators)
+        optimizers["d_optimizer"].step()
+    return losses
 
 
 def listen(sat, x, path):
