@@ -7,7 +7,6 @@
 """
 import argparse
 import itertools
-import math
 import re
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ def arguments(argv=None):
     what.add_argument("--ref", metavar="FILE", help="sound to make variations of")
     what.add_argument("--text", metavar="WORDS", help="what to make a sound of")
     what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
-    p.add_argument("--scales", type=int, metavar="K", help="for --reconstruct: only the first K scales")
+    p.add_argument("--scales", type=int, metavar="K", help="let hear only the first K scales (default: all)")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2 (default: aar.pt)")
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, if the generator was trained with it")
@@ -42,10 +41,18 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
-    if args.n < 1 or not math.isfinite(args.cfg) or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise UserError("-n must be at least 1, --cfg finite, --top-k at least 0, --top-p above 0 and at most 1")
+    aar.check_seed(args.seed)
+    if args.n < 1 or not 0 <= args.cfg <= 100 or not 0 < args.top_p <= 1:
+        raise UserError("-n must be at least 1, --cfg 0 to 100, --top-p above 0 and at most 1")
+    if "" in (args.ref, args.text):
+        raise UserError("--ref and --text must not be empty")
     sat = aar.load_sat(args.sat, device)
-    config, out = sat.config, Path(args.out)
+    config, out, K = sat.config, Path(args.out), len(sat.config.scales)
+    if not 0 <= args.top_k <= config.V:
+        raise UserError(f"--top-k {args.top_k}: this tokenizer has {config.V} codes")
+    if args.scales is not None and not 1 <= args.scales <= K:
+        raise UserError(f"--scales {args.scales}: this tokenizer has 1 to {K}")
+    n = args.scales or K
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -60,10 +67,6 @@ def main(argv=None):
         print(f"wrote {out / name}")
 
     if args.reconstruct:
-        K = len(config.scales)
-        if args.scales is not None and not 1 <= args.scales <= K:
-            raise UserError(f"--scales {args.scales}: this tokenizer has 1 to {K}")
-        n = args.scales or K
         print(f"device {device}, the first {n} of {K} scales: {sum(config.scales[:n])} tokens per {config.seconds:g} s window")
         for path in args.reconstruct:
             try:
@@ -81,18 +84,18 @@ def main(argv=None):
     if aar.fingerprint(embedder) != clap:
         raise UserError(f"--clap {args.clap} is not the checkpoint that {args.aar} was trained with")
     generator = torch.Generator(device).manual_seed(args.seed)
-    if args.top_k > config.V:
-        raise UserError(f"--top-k {args.top_k}: there are only {config.V} codes")
     print(f"device {device}, one window is {config.seconds:g} s, {'one token' if model.config.next_token else 'one scale'} "
           f"per step, condition {kind}, guidance {args.cfg:g}, top-k {args.top_k}, top-p {args.top_p:g}, seed {args.seed}")
 
     def generate(cond):
-        return sat.decode(model.generate(cond, sat, args.cfg, args.top_k, args.top_p, generator))
+        """One sound after the other, made 16 at a time: any -n fits the memory."""
+        for part in cond.split(16):
+            yield from sat.decode(model.generate(part, sat, args.cfg, args.top_k, args.top_p, generator)[:n])
 
     if args.text:
         if kind != "clap":
             raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words; train with --embedder clap")
-        name, cond = re.sub(r"\W+", "-", args.text).strip("-")[:60], embedder.text([args.text])
+        name, cond = re.sub(r"\W+", "-", args.text).strip("-")[:60] or "text", embedder.text([args.text])
     elif args.ref:
         wav = aar.load_audio(args.ref, config.sample_rate, seconds=config.seconds)
         wav = torch.nn.functional.pad(wav, (0, config.samples - wav.shape[-1])).to(device)
@@ -132,7 +135,7 @@ def toys(args, sat, embedder, generate, write):
     config, kinds = sat.config, aar.TOYS
     fresh = aar.ToySounds(config.sample_rate, config.samples, seed=1000 + args.seed)
     references = torch.stack([fresh[i][0] for i in range(len(kinds))])
-    y = generate(embedder(references.to(next(sat.parameters()).device)))
+    y = list(generate(embedder(references.to(next(sat.parameters()).device))))
     known = np.stack([mfcc_statistics(fresh[i][0], config.sample_rate) for i in range(len(kinds), 21 * len(kinds))])
     spread = known.std(0)
     right = 0

@@ -39,11 +39,12 @@ def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    plan = aar.plan_from(preset.train_aar, args)
     sat = aar.load_sat(args.sat, device)
     embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
     config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
                                  cond_dim=embedder.dim, next_token=args.next_token)
-    train(args, sat, embedder, config, aar.plan_from(preset.train_aar, args), device)
+    train(args, sat, embedder, config, plan, device)
 
 
 def train(args, sat, embedder, config, plan, device):
@@ -55,9 +56,11 @@ def train(args, sat, embedder, config, plan, device):
     optimizers = {"muon": aar.Muon(matrices, plan.lr),
                   "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)}
     parts = {"aar": model} | optimizers
-    run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder,
-           "clap": aar.fingerprint(embedder)}
+    run = {"seed": args.seed, "data": args.data and Path(args.data).resolve().name, "sat": aar.fingerprint(sat),
+           "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
     start, history = aar.begin(args, "aar", config, plan, parts, **run)
+    if start == plan.steps:
+        return
     data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {data}, "
           f"{sum(config.scales)} tokens, {'next-token' if config.next_token else 'next-scale'}")
@@ -84,12 +87,13 @@ def train(args, sat, embedder, config, plan, device):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers.values():
             optimizer.step()
-        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss.mean(), norm=norm)
+        log.add(step, (data[i][1] for i in pick.tolist()), loss=loss.mean(), norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             log.write(step + 1, **validate(model, sat, *held))
             aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
-            listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
+            with aar.spare():
+                listen(model, sat, held_back, held[1], Path(args.out).with_suffix(".wav"))
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
@@ -148,7 +152,8 @@ def tokenize(args, sat, embedder, data, n, name):
         tokens.append(torch.cat(sat.encode(wav), 1).short().cpu())
         cond.append(embedder(wav).cpu())
     tokens, cond = torch.cat(tokens), torch.cat(cond)
-    torch.save({"key": key, "tokens": tokens, "cond": cond}, cache)
+    with aar.spare():
+        aar.save(cache, {"key": key, "tokens": tokens, "cond": cond})
     return tokens, cond
 
 

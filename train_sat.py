@@ -45,15 +45,16 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
+    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    plan = aar.plan_from(preset.train_sat, args)
     if args.eval:
         return compare(args, device)
-    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
     config = dataclasses.replace(preset.sat, schedule=args.schedule)
     if args.phis is not None:
         config = dataclasses.replace(config, phis=args.phis)
     if args.rvq is not None:
         config = dataclasses.replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    train(args, config, aar.plan_from(preset.train_sat, args), device)
+    train(args, config, plan, device)
 
 
 def train(args, config, plan, device):
@@ -66,7 +67,10 @@ def train(args, config, plan, device):
                   "optimizer": torch.optim.AdamW(lengths, betas=(0.8, 0.99), weight_decay=0.01),
                   "d_optimizer": torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99), weight_decay=0.01)}
     parts = {"sat": sat, "discriminators": discriminators} | optimizers
-    start, history = aar.begin(args, "sat", config, plan, parts, seed=args.seed)
+    run = {"seed": args.seed, "data": args.data and Path(args.data).resolve().name}
+    start, history = aar.begin(args, "sat", config, plan, parts, **run)
+    if start == plan.steps:
+        return
     data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
     mel_loss = MelLoss(config.sample_rate).to(device)
     quantize_at, adversarial_at = (round(share * plan.steps) for share in (plan.quantize_at, plan.adversarial_at))
@@ -110,13 +114,13 @@ def train(args, config, plan, device):
         optimizers["optimizer"].step()
         if step >= adversarial_at:
             losses["discriminator"] = d_loss
-            torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
+            losses["d_norm"] = torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
             optimizers["d_optimizer"].step()
         log.add(step, names, **losses)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             log.write(step + 1, **({} if tokens is None else evaluate(sat, held_back, Path(args.out).with_suffix(".wav"))))
-            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, seed=args.seed)
+            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, **run)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
@@ -138,7 +142,8 @@ def evaluate(sat, held_back, waves=None):
         rows.append(distances(mel, x, y))
         if waves and len(rows) == 1:
             pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
-            aar.save_audio(waves, pairs, config.sample_rate)
+            with aar.spare():
+                aar.save_audio(waves, pairs, config.sample_rate)
     sat.train(training)
     p = counts / counts.sum(1, keepdim=True)
     return dict(zip(DISTANCES, torch.cat(rows).mean(0).tolist())) | {
