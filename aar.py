@@ -25,10 +25,13 @@ import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
 import types
+import zipfile
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -990,13 +993,15 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
     """
     import soundfile
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'a folder, not a sound file' if Path(path).is_dir() else 'no such file'}")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
+            if not 1000 <= rate <= 1_000_000:                         # a broken header: hours of sound from a few bytes
+                raise OSError(f"{rate} samples per second")
             file.seek(min(int(start * rate), file.frames))
             x = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as e:
+    except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as e:     # RuntimeError: libsndfile's own
         why = str(e).strip().splitlines()[-1] if str(e) else type(e).__name__
         raise UserError(f"{path}: not a readable sound file ({why})")
     if not x.size:
@@ -1017,10 +1022,14 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
 
 
 def save_audio(path, wav, sample_rate):
-    """Write (1, N) as a 16-bit wave file."""
+    """Write (1, N) as a 16-bit wave file. Raises UserError if that fails."""
     import soundfile
-    if rank() == 0:
+    if rank() > 0:
+        return
+    try:
         soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{path}: cannot be written ({e}); is the disk full?")
 
 
 TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
@@ -1095,10 +1104,10 @@ class ToySounds(torch.utils.data.Dataset):
 class SoundFolder(torch.utils.data.Dataset):
     """Windows of the sound files below a folder: item i is (wav (1, samples), name), the same for the same seed.
 
-    Every epoch visits each file once in a new order, at a random place that is not silent if there is one. Short sounds
-    are padded with silence. Of the files, 5% are held back for validation, by a hash of their path in the folder, so that
-    more files move none of them (in a small folder: the one of the lowest hash; a single file serves both purposes).
-    Raises UserError if there is no sound, or if more than half of the files are unreadable.
+    Every epoch visits each file once in a new order, at a random place that is not silent, or else at the loudest of four.
+    Short sounds are padded with silence. Of the files, 5% are held back for validation, by a hash of their path in the
+    folder, so that more files move none of them (in a small folder: the one of the lowest hash; a single file serves both
+    purposes). Raises UserError if there is no sound, or if more than half of the files are unreadable.
     """
     SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split())
 
@@ -1106,22 +1115,26 @@ class SoundFolder(torch.utils.data.Dataset):
         import soundfile
         self.sample_rate, self.samples, self.seed, self.held_back = sample_rate, samples, seed, held_back
         self.folder, root = folder, Path(folder)
-        if not root.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"--data {folder}: no such folder")
-        paths = sorted(Path(d) / f for d, _, fs in os.walk(root) for f in fs if Path(f).suffix.lower() in self.SUFFIXES)
         self.files, self.bad = [], []
+
+        def skip(path):
+            self.bad.append(path)
+            if not held_back:                                         # once, not for both halves of the data
+                print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
+        paths = sorted(Path(d) / f for d, _, fs in os.walk(root, onerror=lambda e: skip(e.filename)) for f in fs
+                       if Path(f).suffix.lower() in self.SUFFIXES)
         for path in paths:
             try:
-                info = soundfile.info(path)
-                seconds = info.frames / info.samplerate
-            except (soundfile.SoundFileError, OSError, RuntimeError):
+                info = path.is_file() and soundfile.info(path)        # a pipe would wait for ever
+                seconds = info and info.frames / info.samplerate
+            except (OSError, RuntimeError, ValueError):
                 seconds = 0
             if seconds:
                 self.files.append((path, seconds))
             else:
-                self.bad.append(path)
-                if not held_back:                                     # once, not for both halves of the data
-                    print(f"skipped {path}: not a readable sound file", file=sys.stderr)
+                skip(path)
         if not paths or len(self.bad) > len(self.files):
             example = f", such as {self.bad[0]}" if self.bad else ""
             raise UserError(f"--data {folder}: {len(self.files)} readable sounds, {len(self.bad)} unreadable{example}; "
@@ -1131,6 +1144,8 @@ class SoundFolder(torch.utils.data.Dataset):
         n = max(1, sum(h < 2 ** 32 // 20 for h in hashes.values()))
         if len(self.files) > 1:
             self.files = self.files[:n] if held_back else self.files[n:]
+        self.broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()     # when read: known to all workers
+        self.epoch = None, None                                       # the last one used, and its order
 
     def __repr__(self):
         return f"{len(self.files)} sounds in {self.folder} ({len(self.bad)} unreadable ones skipped)"
@@ -1142,24 +1157,35 @@ class SoundFolder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files) if self.held_back else sys.maxsize
 
+    def order(self, epoch):
+        """All files, shuffled. The last order is kept: to shuffle a million files takes longer than to read one."""
+        if self.epoch[0] != epoch:
+            self.epoch = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
+        return self.epoch[1]
+
     def __getitem__(self, i):
         n, seconds = len(self.files), self.samples / self.sample_rate
-        order = np.random.default_rng((self.seed, i // n)).permutation(n)
         rng = np.random.default_rng((self.seed, self.held_back, i))
         for attempt in range(n):                                      # a file that cannot be read: take the next
-            path, length = self.files[i if self.held_back and not attempt else order[(i + attempt) % n]]
+            j = i if self.held_back and not attempt else self.order(i // n)[(i + attempt) % n]
+            path, length = self.files[j]
             try:
+                loudest = -1.0
                 for _ in range(4):                                    # a silent place: try another
                     start = rng.uniform(0, max(0.0, length - seconds))
-                    wav = load_audio(path, self.sample_rate, start, seconds)[:, :self.samples]
-                    if wav.square().mean() > 1e-6:                    # -60 dB
+                    x = load_audio(path, self.sample_rate, start, seconds)[:, :self.samples]
+                    if (power := x.square().mean().item()) > loudest:
+                        wav, loudest = x, power
+                    if loudest > 1e-6:                                # -60 dB
                         break
                 return F.pad(wav, (0, self.samples - wav.shape[-1])), str(path)
             except UserError as e:
-                if path not in self.bad:
-                    self.bad.append(path)
+                if not self.broken[j]:
+                    self.broken[j] = True
                     print(f"skipped {e}", file=sys.stderr)
-        raise UserError(f"none of the {n} sounds could be read")
+                if (broken := int(self.broken.sum())) > n / 2:
+                    break
+        raise UserError(f"{broken} of {n} sounds in {self.folder} cannot be read, such as {path}")
 
 
 def sounds(data, config: SATConfig, seed=0, held_back=False):
@@ -1173,37 +1199,70 @@ def sounds(data, config: SATConfig, seed=0, held_back=False):
 # ---------------------------------------------------------------------------------------------------------------
 
 VERSION = 1
+MAKER = {"sat": "train_sat.py", "aar": "train_aar.py"}
+
+
+def save(path, state):
+    """torch.save by the first process, so that at any moment `path` is the old file or the new one, whole.
+
+    Raises UserError if that fails.
+    """
+    if rank() > 0:
+        return
+    path = Path(path).resolve()                                       # a link stays a link
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with open(tmp, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:                              # RuntimeError: torch's own, when the disk is full
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e}); is the disk full? What was there before is kept")
 
 
 def save_checkpoint(path, kind, config, plan, step, history, parts, **run):
-    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole. One process writes."""
-    if rank() > 0:
-        return
-    path = Path(path)
+    """Write a checkpoint, so that at any moment `path` is the old one or the new one, whole."""
     rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-    state = {"kind": kind, "version": VERSION, "config": asdict(config), "plan": asdict(plan), "step": step,
-             "history": history, "rng": rng, "parts": {name: part.state_dict() for name, part in parts.items()}, **run}
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    save(path, {"kind": kind, "version": VERSION, "config": asdict(config), "plan": asdict(plan), "step": step,
+                "history": history, "rng": rng, "parts": {name: part.state_dict() for name, part in parts.items()}, **run})
+
+
+@contextlib.contextmanager
+def spare():
+    """What is written inside can be made again: if that fails, it is said, and training goes on."""
+    try:
+        yield
+    except UserError as e:
+        print(f"skipped {e}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """Inside, whatever a foreign, broken or outdated checkpoint raises becomes the user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path}: not a whole checkpoint of this version ({type(e).__name__}); "
+                        f"make one with: python {MAKER[kind]}") from e
 
 
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("sat" or "aar") onto the CPU. Raises UserError if it is none."""
-    maker = {"sat": "train_sat.py", "aar": "train_aar.py"}[kind]
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; make one with: python {maker} --out {path}")
-    try:
+        raise UserError(f"{path}: no such checkpoint; make one with: python {MAKER[kind]} --out {path}")
+    with reading(path, kind):
+        if zipfile.ZipFile(path).testzip():                           # torch does not look at the checksums
+            raise OSError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         seen, version = dict(state)["kind"], state["version"]
-    except Exception as e:                                            # torch.load raises many kinds for a foreign file
-        raise UserError(f"{path}: not a checkpoint of this program ({type(e).__name__}); make one with: python {maker}")
-    if (seen, version) != (kind, VERSION):
-        raise UserError(f"{path}: holds {seen!r} version {version}, wanted {kind!r} version {VERSION}; "
-                        f"make one with: python {maker}")
+        if seen != kind:
+            raise UserError(f"{path}: a checkpoint of {MAKER[seen]}, wanted one of {MAKER[kind]}: are the two swapped?")
+        if version != VERSION:
+            raise UserError(f"{path}: of version {version}, wanted {VERSION}; make one with: python {MAKER[kind]}")
     return state
 
 
@@ -1214,34 +1273,46 @@ def begin(args, kind, config, plan, parts, **run):
     checkpoint or go on with other settings.
     """
     path = Path(args.out)
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
-    if not os.access(path.resolve().parent, os.W_OK):
-        raise UserError(f"--out {path}: cannot write into {path.resolve().parent}")
+    tmp = Path(f"{path.resolve()}.tmp")
     if path.suffix in (".wav", ".html"):
         raise UserError(f"--out {path}: sounds and a page are written beside the checkpoint; name it {path.stem}.pt")
+    for old in () if args.resume else (path, path.with_suffix(".wav")):
+        if os.path.exists(old):
+            raise UserError(f"{old} exists: add --resume to go on with {path}, or give another --out")
+    # Old and new checkpoint lie side by side for a moment, each with weights and two averages of them.
+    size = 6 * sum(t.nbytes for part in parts.values() if isinstance(part, nn.Module) for t in part.state_dict().values())
+    try:
+        tmp.touch()
+        tmp.unlink(missing_ok=True)                                   # another process may have done so
+        free = shutil.disk_usage(tmp.parent).free
+    except OSError as e:
+        raise UserError(f"--out {path}: cannot write into {tmp.parent} ({e.strerror})")
+    if free < size:
+        raise UserError(f"--out {path}: needs {size >> 20} MB, but only {free >> 20} MB are free in {tmp.parent}")
     if not args.resume:
-        if path.exists():
-            raise UserError(f"{path} exists: add --resume to go on with it, or give another --out")
         return 0, []
     state = load_checkpoint(path, kind)
-    now, then = asdict(config) | asdict(plan) | run, state["config"] | state["plan"] | state
-    differs = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
-    if differs:
-        raise UserError(f"{path} was made with other settings ({'; '.join(differs)}): resume with the same ones")
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    with reading(path, kind):
+        now, then = asdict(config) | asdict(plan) | run, state["config"] | state["plan"] | state
+        differs = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+        if differs:
+            raise UserError(f"{path} was made with other settings ({'; '.join(differs)}): resume with the same ones")
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+    if state["step"] == plan.steps:
+        print(f"{path} is finished: all of its {plan.steps} steps are done")
     return state["step"], state["history"]
 
 
 def load_sat(path, device="cpu"):
     """Checkpoint of stage 1 -> the tokenizer, frozen."""
     state = load_checkpoint(path, "sat")
-    sat = SAT(SATConfig(**state["config"]))
-    sat.load_state_dict(state["parts"]["sat"])
+    with reading(path, "sat"):
+        sat = SAT(SATConfig(**state["config"]))
+        sat.load_state_dict(state["parts"]["sat"])
     return sat.to(device).eval().requires_grad_(False)
 
 
@@ -1249,12 +1320,13 @@ def load_aar(path, sat, device="cpu"):
     """Checkpoint of stage 2 -> (generator, name and fingerprint of its embedder). Raises UserError if its tokenizer is
     another one."""
     state = load_checkpoint(path, "aar")
-    if state["sat"] != fingerprint(sat):
-        raise UserError(f"{path} was trained on the tokenizer {state['sat']}, not on this one, {fingerprint(sat)}: "
-                        "give the --sat that it was trained with")
-    aar = AAR(AARConfig(**state["config"]))
-    aar.load_state_dict(state["parts"]["aar"])
-    return aar.to(device).eval().requires_grad_(False), state["embedder"], state["clap"]
+    with reading(path, "aar"):
+        if state["sat"] != fingerprint(sat):
+            raise UserError(f"{path} was trained on the tokenizer {state['sat']}, not on this one, {fingerprint(sat)}: "
+                            "give the --sat that it was trained with")
+        aar, embedder, clap = AAR(AARConfig(**state["config"])), state["embedder"], state["clap"]
+        aar.load_state_dict(state["parts"]["aar"])
+    return aar.to(device).eval().requires_grad_(False), embedder, clap
 
 
 def fingerprint(model):
@@ -1268,6 +1340,8 @@ def fingerprint(model):
 def pick_device(name=None):
     """The device called `name`, or the best there is: cuda, else mps, else cpu. Raises UserError if it is not there."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name and name.partition(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name}: choose one of cuda, mps, cpu; the best here is {best}")
     try:
         device = torch.device(name or best)
         if device.type == "cuda" and dist.is_initialized():           # each process of torchrun has a GPU of its own
@@ -1276,15 +1350,23 @@ def pick_device(name=None):
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} is not available here ({str(e).splitlines()[0]}); the best here is {best}")
+        raise UserError(f"--device {name} is not available here ({str(e).partition('. ')[0].strip()}); the best here is {best}")
+
+
+def check_seed(seed):
+    if not 0 <= seed < 2 ** 63:
+        raise UserError(f"--seed must be at least 0 and below 2^63, got {seed}")
 
 
 def plan_from(plan: TrainConfig, args):
     """The preset's plan with what the command line changed."""
     given = {name: value for name in ("steps", "batch", "lr", "adversarial_at")
              if (value := getattr(args, name, None)) is not None}
-    if not all(0 < value < math.inf for value in given.values()):
-        raise UserError(f"--steps, --batch and --lr must be above zero, got {given}")
+    limits = {"steps": 2 ** 31, "batch": 2 ** 15, "lr": 100.0, "adversarial_at": 1.0}
+    for name, value in given.items():
+        if not 0 < value <= limits[name]:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {limits[name]}, got {value}")
+    check_seed(args.seed)
     plan, n = replace(plan, **given), world()
     if args.accumulate < 1 or plan.batch % (n * args.accumulate):
         raise UserError(f"--batch {plan.batch} cannot be split into {args.accumulate} equal parts (--accumulate) "
@@ -1451,17 +1533,23 @@ class Log:
 
 def command_line(main):
     """Run a script's main(); what the user can mend ends in one line and exit code 2, without a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")                 # a file's name may be no text
     if dist.is_torchelastic_launched():
         dist.init_process_group()
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     try:
-        main()
+        return main()
     except Stopped as e:
         print(e)
         sys.exit(130)
-    except UserError as e:                                            # one from a worker brings the worker's traceback along
-        print("error:", str(e).rpartition("UserError: ")[2].strip(), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as e:                                            # one from a worker brings the worker's traceback along
+        message = str(e).rpartition("UserError: ")[2].strip()
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search(r"out of memory|allocate memory|shared memory|worker \(pid", str(e)):
+            raise
+        message = "not enough memory: give a smaller --batch, a smaller --preset or shorter files"
+    print("error:", message, file=sys.stderr)
+    sys.exit(2)

@@ -36,7 +36,7 @@ def arguments(argv=None):
     what.add_argument("--text", metavar="WORDS", nargs="+", help="what to make sounds of; each argument is a prompt")
     what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
     what.add_argument("--fad", metavar=("REFERENCE", "MADE"), nargs=2, help="measure how far the sounds of folder MADE are from REFERENCE")
-    p.add_argument("--scales", type=int, metavar="K", help="for --reconstruct: only the first K scales")
+    p.add_argument("--scales", type=int, metavar="K", help="let hear only the first K scales (default: all)")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2 (default: aar.pt)")
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, if the generator was trained with it; for --fad: what hears")
@@ -54,12 +54,20 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
-    if args.n < 1 or not math.isfinite(args.cfg) or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise UserError("-n must be at least 1, --cfg finite, --top-k at least 0, --top-p above 0 and at most 1")
+    aar.check_seed(args.seed)
+    if args.n < 1 or not 0 <= args.cfg <= 100 or not 0 < args.top_p <= 1:
+        raise UserError("-n must be at least 1, --cfg 0 to 100, --top-p above 0 and at most 1")
+    if args.ref == "" or "" in (args.text or []):
+        raise UserError("--ref and --text must not be empty")
     if args.fad:
         return compare_folders(args, device)
     sat = aar.load_sat(args.sat, device)
     config, K, out = sat.config, len(sat.config.scales), Path(args.out)
+    if not 0 <= args.top_k <= config.V:
+        raise UserError(f"--top-k {args.top_k}: this tokenizer has {config.V} codes")
+    if args.scales is not None and not 1 <= args.scales <= K:
+        raise UserError(f"--scales {args.scales}: this tokenizer has 1 to {K}")
+    n = args.scales or K
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -98,9 +106,6 @@ def main(argv=None):
         print(f"wrote {index}")
 
     if args.reconstruct:
-        if args.scales is not None and not 1 <= args.scales <= K:
-            raise UserError(f"--scales {args.scales}: this tokenizer has 1 to {K}")
-        n = args.scales or K
         what = (f"device {device}, the first {n} of {K} scales: {sum(config.scales[:n])} tokens "
                 f"per {config.seconds:g} s window")
         print(what)
@@ -119,23 +124,27 @@ def main(argv=None):
     model, kind, clap = aar.load_aar(args.aar, sat, device)
     embedder = aar.build_embedder(kind, config.sample_rate, args.clap, clap).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    if args.top_k > config.V:
-        raise UserError(f"--top-k {args.top_k}: there are only {config.V} codes")
     step = "one token" if model.config.next_token else "one scale"
     what = (f"device {device}, every sound is one window of {config.seconds:g} s, {step} per step, condition {kind}, "
             f"guidance {args.cfg:g}, top-k {args.top_k}, top-p {args.top_p:g}, seed {args.seed}")
     print(what)
 
     def generate(cond):
-        """Conditions (B, cond_dim) -> B new sounds and the tokens of each, K tensors (1, s_k)."""
-        r = model.generate(cond, sat, args.cfg, args.top_k, args.top_p, generator)
-        return sat.decode(r), [[r_k[i:i + 1] for r_k in r] for i in range(len(cond))]
+        """Conditions (n, cond_dim) -> one new sound (1, N) after the other, each with its tokens, K tensors (1, s_k).
+
+        They are made 16 at a time: any -n fits the memory.
+        """
+        for part in cond.split(16):
+            r = model.generate(part, sat, args.cfg, args.top_k, args.top_p, generator)
+            for i, wav in enumerate(sat.decode(r[:n])):
+                yield wav, [r_k[i:i + 1] for r_k in r]
 
     if args.text:
         if kind != "clap":
             raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words: train with --embedder clap; "
                             f"{aar.GET_CLAP}")
-        prompts = [(re.sub(r"\W+", "-", words).strip("-")[:60], cond) for words, cond in zip(args.text, embedder.text(args.text))]
+        names = [re.sub(r"\W+", "-", words).strip("-")[:60] or "text" for words in args.text]
+        prompts = list(zip(names, embedder.text(args.text)))
     elif args.ref:
         wav = aar.load_audio(args.ref, config.sample_rate, seconds=config.seconds)
         wav = torch.nn.functional.pad(wav, (0, config.samples - wav.shape[-1])).to(device)
@@ -147,9 +156,9 @@ def main(argv=None):
         toys(args, sat, embedder, generate, write, coarse_to_fine)
         return finish("Toy sounds", what)
     for name, cond in prompts:
-        y, tokens = generate(cond.expand(args.n, -1))
-        for i, (wav, r, likeness) in enumerate(zip(y, tokens, embedder(y) @ cond), start=1):
+        for i, (wav, r) in enumerate(generate(cond.expand(args.n, -1)), start=1):
             write(f"{name}.variation-{i}.wav", wav, f"Variations of {name}", r)
+            likeness = (embedder(wav[None]) @ cond).item()
             print(f"    cosine similarity to the {'words' if args.text else 'reference'}: {likeness:.2f}")
     if args.text:
         coarse_to_fine("The last one, from coarse to fine", f"the last of {name}", r, range(1, K + 1))
@@ -223,7 +232,7 @@ def toys(args, sat, embedder, generate, write, coarse_to_fine):
     fresh = aar.ToySounds(config.sample_rate, config.samples, seed=1000 + args.seed)
     references = torch.stack([fresh[i][0] for i in range(len(kinds))])
     references = references.to(next(sat.parameters()).device)
-    y, tokens = generate(embedder(references))
+    y, tokens = zip(*generate(embedder(references)))
     known = np.stack([mfcc_statistics(fresh[i][0], config.sample_rate) for i in range(len(kinds), 21 * len(kinds))])
     spread = known.std(0)
     right = 0
@@ -279,8 +288,12 @@ def page(path, title, what, settings, sections):
             f"<pre>{html.escape(settings['command'])}</pre>{body}"
             f"<h2>Settings</h2><pre>{listed}</pre></main></body></html>\n")
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text, encoding="utf-8", errors="replace")          # a file's name may be no text
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text, encoding="utf-8", errors="replace")      # a file's name may be no text
+        os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e}); is the disk full?")
 
 
 def figure(name, *parts):

@@ -10,14 +10,18 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -490,7 +494,7 @@ def generate_and_spy(sat, model, cond, **settings):
         aar.draw = draw
         for hook in hooks:
             hook.remove()
-    return tokens, *(torch.cat(x, 1) for x in (read, wrote, drawn))
+    return tokens, *(torch.cat(x, 1) if x else None for x in (read, wrote, drawn))
 
 
 def test_teacher_inputs_are_pictures_of_what_is_known(pair):
@@ -677,6 +681,45 @@ def test_conditions_are_dropped_clip_by_clip():
     assert model.null.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_whatever_the_sizes(seed):
+    """75 random tokenizers and generators a seed: every use of the scales agrees on shapes and values, for any sizes."""
+    rng = random.Random(seed)
+    for _ in range(75):
+        torch.manual_seed(rng.random())
+        strides, frames, B = tuple(rng.choices((2, 3, 4, 5), k=rng.randint(1, 3))), rng.randint(1, 14), rng.randint(1, 3)
+        kind = rng.choice(("quadratic", "linear", "log", "flat"))
+        sat = SAT(SATConfig(sample_rate=8000, seconds=frames * math.prod(strides) / 8000, strides=strides, width=2, lstm=rng.randint(0, 1),
+                            latent=rng.randint(1, 8), V=rng.randint(2, 20), schedule=kind, phis=rng.randint(0, 4),
+                            n_scales=rng.randint(1, 5 if kind == "flat" else frames))).eval()
+        config, D, scales = sat.config, sat.config.latent, sat.config.scales
+        for phi in sat.quantizer.phis:
+            nn.init.normal_(phi.weight, std=0.2)
+        assert config.frames == frames
+
+        x = torch.randn(B, 1, rng.randint(1, 2 * config.samples))
+        y, tokens, _ = sat(x)
+        assert y.shape == x.shape and y.isfinite().all()
+        torch.testing.assert_close(sat.decode(sat.encode(x), x.shape[-1]), y)
+
+        model = small_aar(sat, depth=1, next_token=rng.random() < 0.3)
+        cond = torch.randn(B, 5)
+        r, read, wrote, _ = generate_and_spy(sat, model, cond, cfg=rng.choice((0, 2.0)), top_k=rng.randint(0, config.V), top_p=rng.random())
+        for sound in (tokens, r):
+            assert [r_k.shape for r_k in sound] == [(B, s) for s in scales]
+            assert all(0 <= r_k.min() and r_k.max() < config.V for r_k in sound)
+        inputs = sat.teacher_inputs(r, model.config.next_token)
+        assert inputs.shape == (B, sum(scales) - model.first, D)
+        assert read is not None or model.first == sum(scales)           # all is said by the start token
+        torch.testing.assert_close(inputs if read is None else read[:B], inputs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(wrote[:B], model(cond, inputs), rtol=1e-4, atol=1e-4)
+        n = rng.randint(1, len(scales))
+        parts = sum(sat.quantizer.decode(r[:k + 1]) - (sat.quantizer.decode(r[:k]) if k else 0) for k in range(n))
+        assert sat.decode(r[:n]).shape == (B, 1, config.samples)
+        torch.testing.assert_close(sat.quantizer.decode(r[:n]), parts, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------
@@ -836,33 +879,119 @@ def interrupt(monkeypatch, owner, name, n):
     monkeypatch.setattr(owner, name, wrapped)
 
 
+def small_training(stage, out, data, *more, **plan):
+    """Train a small tokenizer, whose codes die soon, so that chance plays a part, or a generator for one; as the scripts do."""
+    torch.manual_seed(0)
+    sat, args = small_sat(decay=0.2), options(out, *["--data", data] * bool(data), *more)
+    if stage == "sat":
+        return train_sat.train(args, sat.config, small_plan(**plan), CPU)
+    args.embedder = "mel"
+    config = AARConfig(scales=sat.config.scales, latent=6, V=16, depth=1, cond_drop=0.5)
+    train_aar.train(args, sat, MelEmbedder(8000), config, small_plan(**{"batch": 8} | plan), CPU)
+
+
+def differences(one, other):
+    """Paths of the leaves that two checkpoints do not have in common, to the bit, but for what a clock measured."""
+    one, other = (torch.load(path, weights_only=True) for path in (one, other))
+    return [path for (path, a), (_, b) in zip(leaves(one), leaves(other), strict=True)
+            if not (torch.equal(a, b) if torch.is_tensor(a) else a == b) and not path.endswith((".s_per_step", ".waited"))]
+
+
 @pytest.mark.parametrize("owner, name", [(aar, "learning_rate"), (aar.Log, "add")], ids=["before", "after"])
 @pytest.mark.parametrize("stage", ["sat", "aar"])
 def test_resumed_equals_uninterrupted(stage, owner, name, tmp_path, monkeypatch, wav_folder):
     """Stopped by Ctrl-C in the third step, before or after its work, and resumed: the same to the bit as in one go."""
-    sat = small_sat(decay=0.2)                                        # codes die soon, so that chance plays a part
-
-    def go(out, *more):
-        args = options(tmp_path / out, "--data", wav_folder, *more)
-        if stage == "sat":
-            return train_sat.train(args, sat.config, small_plan(), CPU)
-        args.embedder = "mel"
-        config = AARConfig(scales=sat.config.scales, latent=6, V=16, depth=2, cond_drop=0.5)
-        train_aar.train(args, sat, MelEmbedder(8000), config, small_plan(batch=8), CPU)
-    go("one-go.pt")
+    one, stopped = tmp_path / "one-go.pt", tmp_path / "stopped.pt"
+    small_training(stage, one, wav_folder)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="--resume"):
         interrupt(patch, owner, name, 3)
-        go("stopped.pt")
-    assert aar.load_checkpoint(tmp_path / "stopped.pt", stage)["step"] in (2, 3)
+        small_training(stage, stopped, wav_folder)
+    assert aar.load_checkpoint(stopped, stage)["step"] in (2, 3)
     if name == "learning_rate":                                       # tokens that were kept may get lost
         for path in tmp_path.glob("stopped.*.pt"):
             path.unlink()
-    go("stopped.pt", "--resume")
-    one, other = (aar.load_checkpoint(tmp_path / name, stage) for name in ("one-go.pt", "stopped.pt"))
-    assert one["step"] == other["step"] == 4
-    differ = [path for (path, a), (_, b) in zip(leaves(one["parts"]), leaves(other["parts"]), strict=True)
-              if not (torch.equal(a, b) if torch.is_tensor(a) else a == b)]
-    assert not differ
+    small_training(stage, stopped, wav_folder, "--resume")
+    assert aar.load_checkpoint(stopped, stage)["step"] == 4
+    assert not [path for path in differences(one, stopped) if not path.startswith(".history")]
+
+
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_killed_at_any_moment(stage, tmp_path, wav_folder):
+    """Killed at 20 random moments, each time the last checkpoint is whole, and goes on to what one run makes, to the bit."""
+    one, killed, plan = tmp_path / "one-go.pt", tmp_path / "killed.pt", {"steps": 6, "adversarial_at": 0.6}
+
+    def start(out):
+        """In a process of its own, so that it can be killed, together with those that load sounds for it."""
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            try:
+                small_training(stage, out, wav_folder, *["--resume"] * out.exists(), **plan)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return pid
+    Mel(8000, 64, 5)                                                  # imports librosa once, here
+    since = time.perf_counter()
+    small_training(stage, one, wav_folder, **plan)
+    life, rng, kills = (time.perf_counter() - since) / 2, random.Random(0), 0
+    while kills <= 20:
+        pid, until = start(killed), time.perf_counter() + rng.uniform(0, life) if kills < 20 else math.inf
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.perf_counter() < until:
+            time.sleep(0.001)
+        if ended == (0, 0):
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            if killed.exists():
+                assert aar.load_checkpoint(killed, stage)["step"] in range(1, 7)
+        else:                                                         # faster than the killer
+            assert ended[1] == 0 and not differences(one, killed)
+            for path in tmp_path.glob("killed.*"):
+                path.unlink()
+        kills += ended == (0, 0) or kills == 20
+
+
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_same_seed_same_checkpoint(stage, tmp_path, wav_folder):
+    """Two runs with one seed write the same numbers, to the bit, another seed others; the seed is in the checkpoint."""
+    a, b, c = (tmp_path / name for name in ("a.pt", "b.pt", "c.pt"))
+    for out, seed in zip((a, b, c), (5, 5, 6)):
+        small_training(stage, out, wav_folder, "--seed", seed)
+    assert not differences(a, b) and f".parts.{stage}." in str(differences(a, c))
+    assert aar.load_checkpoint(a, stage)["seed"] == 5
+
+
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_trains_in_half_precision(stage, tmp_path, wav_folder, monkeypatch):
+    """With bfloat16, also where a processor has none: every part of the loss is a finite float32."""
+    seen, add = [], aar.Log.add
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(aar.Log, "add", lambda log, step, names, **losses: (seen.append(losses), add(log, step, names, **losses)))
+    small_training(stage, tmp_path / "half.pt", wav_folder)
+    assert all(value.dtype == torch.float32 and value.isfinite() for losses in seen for value in losses.values())
+    assert len(seen) == 4 and len(seen[-1]) == (8 if stage == "sat" else 2)
+
+
+def test_memory_is_flat(tmp_path, wav_folder):
+    """From step 100 to step 500 of both loops, and over 500 generations, the process hardly grows."""
+    code = f"""if True:
+        import resource, torch, aar, test_aar
+        seen, add = [], aar.Log.add
+
+        def peak():
+            seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if {sys.platform!r} == "linux" else 1024))
+        aar.Log.add = lambda log, step, *args, **more: (step in (100, 499) and peak(), add(log, step, *args, **more))
+        for stage in ("sat", "aar"):
+            test_aar.small_training(stage, {str(tmp_path)!r} + "/" + stage + ".pt", {str(wav_folder)!r}, steps=500, adversarial_at=0.15)
+        sat = test_aar.small_sat()
+        model = test_aar.small_aar(sat)
+        for i in range(500):
+            sat.decode(model.generate(torch.zeros(1, 5), sat))
+            i in (100, 499) and peak()
+        print(*seen)"""
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    seen = [float(kB) for kB in out.splitlines()[-1].split()]
+    assert len(seen) == 6 and all(after - before < 8000 for before, after in zip(seen[::2], seen[1::2])), seen
 
 
 def leaves(tree, path=""):
@@ -944,11 +1073,76 @@ def test_two_processes_are_one(tmp_path, wav_folder, joint):
     assert_same_training(joint, tmp_path)
 
 
-def test_stops_at_a_loss_that_is_not_finite(tmp_path, wav_folder):
-    """A learning rate beyond reason ends in one sentence about the loss that broke, not in a checkpoint of NaN."""
-    with pytest.raises(UserError, match="loss part"):
-        train_sat.train(options(tmp_path / "sat.pt", "--data", wav_folder), small_sat().config,
-                        small_plan(steps=30, lr=1e30, warm_up=0), CPU)
+@pytest.mark.parametrize("stage, name", [("sat", "time"), ("aar", "loss")])
+def test_stops_at_a_loss_that_is_not_finite(stage, name, tmp_path, wav_folder, monkeypatch):
+    """A loss that breaks in the sixth step ends in one line with step, part and the clips; the checkpoint is that of the fifth."""
+    made, rate, out = [], aar.learning_rate, tmp_path / "last.pt"
+
+    def learning_rate(step, plan):
+        if step == 5:                                                 # as after a step too far
+            (made[0].quantizer.phis[0].weight if stage == "sat" else made[0].null).data.fill_(math.nan)
+        return rate(step, plan)
+    for owner, model in ((train_sat, SAT), (train_aar, AAR)):
+        monkeypatch.setattr(owner, model.__name__, lambda config, model=model: made.append(model(config)) or made[-1])
+    monkeypatch.setattr(aar, "learning_rate", learning_rate)
+    with pytest.raises(UserError) as error:
+        small_training(stage, out, wav_folder, steps=8)
+    assert re.match(rf"step 5: loss part '{name}' is nan on {re.escape(str(wav_folder))}/\d+.wav, .*last checkpoint", str(error.value))
+    state = aar.load_checkpoint(out, stage)
+    assert state["step"] == 5 and all(x.isfinite().all() for _, x in leaves(state["parts"]) if torch.is_tensor(x))
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Inside, no file can become longer than `size` bytes."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_training_on_a_full_disk(stage, tmp_path, wav_folder, capsys):
+    """What can be made again is left out and named; a checkpoint that cannot be written ends the run, the last one is kept."""
+    out, new = tmp_path / "last.pt", tmp_path / "new.pt"
+    small_training(stage, out, wav_folder)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    size = 14_000 if stage == "sat" else 110_000                      # what the workers hand over is written too
+    with full_disk(size), pytest.raises(UserError, match="new.pt: cannot be written .*disk full"):
+        small_training(stage, new, wav_folder, steps=8, quantize_at=0)
+    skipped = capsys.readouterr().err
+    assert ("new.wav: cannot be written" if stage == "sat" else "new.training.pt: cannot be written") in skipped
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("last*")} == before and not new.exists()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_room_is_known_before_training(tmp_path, monkeypatch):
+    """A disk without room for two checkpoints, a folder that is none or cannot be written into: said at once."""
+    usage = shutil.disk_usage(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*cannot write into"):
+        small_training("sat", tmp_path / "file/sat.pt", tmp_path)
+    small_training("sat", tmp_path / "sat.pt", None)
+    need = 2 * (tmp_path / "sat.pt").stat().st_size
+    for share, fits in ((2, True), (0.5, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=int(share * need)))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="--out .*are free in"):
+            small_training("sat", tmp_path / f"{fits}.pt", None)
+
+
+def test_finished_runs_and_forgotten_data(tmp_path, wav_folder, capsys):
+    """A finished run says so and is not touched; a run on a folder is not resumed on other sounds."""
+    for stage in ("sat", "aar"):
+        out = tmp_path / f"{stage}.pt"
+        small_training(stage, out, wav_folder)
+        before = out.read_bytes()
+        capsys.readouterr()
+        small_training(stage, out, wav_folder, "--resume")
+        assert capsys.readouterr().out == f"{out} is finished: all of its 4 steps are done\n" and out.read_bytes() == before
+        with pytest.raises(UserError, match="data .* -> "):
+            small_training(stage, out, tmp_path, "--resume")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -998,6 +1192,14 @@ def test_load_audio_scales_peaks_above_1(tmp_path):
         torch.testing.assert_close(got, torch.from_numpy(amplitude * x / max(1, amplitude * 0.5)).float(), rtol=0, atol=1e-5)
     soundfile.write(tmp_path / "x.wav", np.sign(x + 1e-9), 24000)       # the resampler overshoots
     assert load_audio(tmp_path / "x.wav", 16000).abs().max() <= 1
+
+
+@pytest.mark.parametrize("format", ["AIFF", "FLAC", "OGG", "CAF"])
+def test_load_audio_looks_into_the_file(tmp_path, format):
+    """A sound under the name of another format is read, and an offset of its samples is left alone."""
+    x = 0.3 + sine(500, 24000)
+    soundfile.write(tmp_path / "x.wav", x, 24000, format=format)
+    torch.testing.assert_close(load_audio(tmp_path / "x.wav", 24000)[0], torch.from_numpy(x).float(), rtol=0, atol=0.02)
 
 
 def test_load_audio_averages_the_channels(tmp_path):
@@ -1061,6 +1263,42 @@ def test_load_audio_of_a_truncated_file(tmp_path, suffix, share):
     n = min(len(x), int(0.8 * share * len(whole)))
     assert 0 < len(x) <= len(whole) + 2000
     torch.testing.assert_close(x[:n], whole[:n], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff", "caf", "w64", "au"])
+def test_load_audio_of_damaged_files(tmp_path, suffix):
+    """Random bytes anywhere in a file, most often in its header: finite samples, or the user's error."""
+    path, rng = tmp_path / f"x.{suffix}", np.random.default_rng(0)
+    soundfile.write(path, sine(440, 8000, 0.2), 8000)
+    good, read = np.frombuffer(path.read_bytes(), np.uint8), 0
+    for i in range(60):
+        data, places = good.copy(), rng.integers((len(good), 60)[i % 3 > 0], size=rng.integers(1, 8))
+        data[places] = rng.integers(256, size=len(places))
+        path.write_bytes(data)
+        for part in ((), (0.05, 0.1)):
+            try:
+                x = load_audio(path, 24000, *part)
+            except UserError as e:
+                assert str(path) in str(e) and "\n" not in str(e)
+                continue
+            assert x.ndim == 2 and len(x) == 1 and x.isfinite().all() and x.abs().max() <= 1
+            read += 1
+    assert read or suffix == "ogg"                                    # which has checksums
+
+
+@pytest.mark.parametrize("suffix, subtype", [("wav", "PCM_U8"), ("flac", "PCM_16"), ("ogg", "VORBIS")])
+def test_load_audio_reads_a_second_of_an_hour(tmp_path, suffix, subtype):
+    """A second in the middle of an hour takes the memory of a second."""
+    path = tmp_path / f"x.{suffix}"
+    with soundfile.SoundFile(path, "w", 5000, 1, subtype) as file:
+        for _ in range(60):
+            file.write(np.zeros(300000))
+    tracemalloc.start()
+    x = SoundFolder(tmp_path, 5000, 5000)[0][0]
+    assert x.shape == (1, 5000) and load_audio(path, 24000, 1800, 1).shape == (1, 24000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6                                                 # an hour would be 72 MB
 
 
 def test_save_audio(tmp_path):
@@ -1150,6 +1388,33 @@ def test_folder_looks_for_sound_in_silence(tmp_path):
     assert sum(bool(data[i][0].abs().max() > 0) for i in range(60)) > 30
 
 
+def test_folder_keeps_the_loudest_of_silent_places(tmp_path, monkeypatch):
+    """Where four places are silent, the loudest of them is heard, whichever came first; the first that is not silent ends it."""
+    load, heard = aar.load_audio, []
+    monkeypatch.setattr(aar, "load_audio", lambda *args: heard.append(load(*args)) or heard[-1])
+    soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).standard_normal(80000) * np.logspace(-9, -1, 80000), 8000, subtype="FLOAT")
+    data, silent = SoundFolder(tmp_path, 8000, 800), 0
+    for i in range(40):
+        heard.clear()
+        wav, levels = data[i][0], [x.square().mean().item() for x in heard]
+        assert wav.square().mean().item() == max(levels) and max(levels[:-1], default=0) <= 1e-6
+        assert len(heard) == 4 or levels[-1] > 1e-6
+        silent += levels[-1] <= 1e-6
+    assert 5 < silent < 35
+
+
+def test_folder_of_millions(tmp_path):
+    """Items of a folder of five million files cost about as much as those of a small one: they are shuffled once an epoch."""
+    noise_folder(tmp_path, ["x.wav"])
+    data = SoundFolder(tmp_path, 8000, 800)
+    data.files, data.broken = data.files * 5_000_000, torch.zeros(5_000_000, dtype=torch.bool)
+    data[0]
+    since = time.process_time()
+    for i in range(1, 100):
+        data[i]
+    assert time.process_time() - since < 1
+
+
 def test_folder_skips_and_names_bad_files(tmp_path, capsys):
     """Files that break when opened or only when read are skipped and named; the others are still all visited."""
     good = noise_folder(tmp_path, [f"good-{i}-.wav" for i in range(12)])
@@ -1164,6 +1429,57 @@ def test_folder_skips_and_names_bad_files(tmp_path, capsys):
     skipped = capsys.readouterr().err
     for path, _ in data.files:
         assert skipped.count(path.name) == (1 if path.name.startswith("nan") else 0)
+
+
+def test_folder_names_a_bad_file_once_in_all_workers(tmp_path, capfd):
+    """However many processes read, for however many epochs, the windows are the same and a file that breaks is named once."""
+    noise_folder(tmp_path, [f"good{i}.wav" for i in range(5)])
+    for i in range(3):
+        soundfile.write(tmp_path / f"nan{i}.wav", np.full(4000, np.nan), 8000, subtype="FLOAT")
+    data = SoundFolder(tmp_path, 8000, 800)
+    want = [data[i] for i in range(60)]
+    fresh = SoundFolder(tmp_path, 8000, 800)
+    capfd.readouterr()
+    for (wav, name), (x, y) in zip(want, torch.utils.data.DataLoader(fresh, 1, sampler=range(60), num_workers=3)):
+        assert torch.equal(wav, x[0]) and (name,) == tuple(y)
+    skipped, reads = capfd.readouterr().err, {name for _, name in want}
+    nans = [str(path) for path, _ in fresh.files if path.name.startswith("nan")]
+    assert nans and all(skipped.count(path) == 1 for path in nans) and not reads & set(nans)
+
+
+def test_folder_of_odd_files(tmp_path):
+    """Links that lead nowhere or in a circle, a pipe, a name that is no text, files and folders without permission: skipped."""
+    folder = tmp_path / "x"
+    good = noise_folder(folder, [f"good-{i}.wav" for i in range(6)])
+    (folder / "nowhere.wav").symlink_to("absent.wav")
+    (folder / "circle.wav").symlink_to("circle.wav")
+    (folder / "link.wav").symlink_to("good-0.wav")
+    os.mkfifo(folder / "pipe.wav")
+    noise_folder(folder, ["locked.wav", "locked/inside.wav"])
+    shutil.copy(folder / "good-0.wav", os.fsencode(folder) + b"/\xff\xe4.wav")
+    private = {path: path.stat().st_mode for path in tmp_path.parents if not path.stat().st_mode & 0o005}
+    private[tmp_path] = 0o700
+    (folder / "locked.wav").chmod(0)
+    (folder / "locked").chmod(0)
+    try:
+        if os.getuid() == 0:                                          # nothing is locked for root: be somebody else
+            for path in private:
+                path.chmod(0o755)
+            os.seteuid(65534)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            data = SoundFolder(folder, 8000, 1600)
+            names = {data[i][1] for i in range(3 * len(data.files))}
+        with pytest.raises(UserError, match="locked.wav"):
+            load_audio(folder / "locked.wav", 8000)
+    finally:
+        os.seteuid(os.getuid())
+        for path, mode in private.items() if os.getuid() == 0 else ():
+            path.chmod(mode)
+        (folder / "locked").chmod(0o700)
+    skipped = err.getvalue()
+    for name in ("nowhere.wav", "circle.wav", "pipe.wav", "locked.wav", "locked", "\udcff\udce4.wav"):
+        assert re.search(rf"skipped {re.escape(str(folder / name))}: ", skipped)
+    assert names <= set(good) | {str(folder / "link.wav")} and len(names) == len(data.files)
 
 
 def test_folder_of_nothing_readable(tmp_path):
@@ -1182,6 +1498,22 @@ def test_folder_of_nothing_readable(tmp_path):
             soundfile.write(folder / "x.wav", np.full(4000, np.nan), 8000, subtype="FLOAT")
         with pytest.raises(UserError):
             SoundFolder(folder, 8000, 1600)[0]
+    with pytest.raises(UserError, match="no such folder"):
+        SoundFolder("", 8000, 1600)
+
+
+@pytest.mark.parametrize("good, bad", [(3, 3), (3, 4), (1, 1), (0, 1), (4, 1), (1, 5)])
+def test_folder_stops_when_most_files_break(tmp_path, good, bad):
+    """Files that break only when they are read are borne up to a half of all."""
+    noise_folder(tmp_path, [f"{i}.wav" for i in range(good)])
+    for i in range(bad):
+        soundfile.write(tmp_path / f"nan{i}.wav", np.full(4000, np.nan), 8000, subtype="FLOAT")
+    data = SoundFolder(tmp_path, 8000, 1600)
+    data.files = [(path, 0.5) for path in sorted(tmp_path.iterdir())]                   # without any held back
+    data.broken = torch.zeros(good + bad, dtype=torch.bool)
+    with pytest.raises(UserError, match=f"{bad} of {good + bad}|cannot be read") if bad > good else contextlib.nullcontext():
+        for i in range(4 * (good + bad)):
+            data[i]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1244,17 +1576,67 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 def test_checkpoint_is_whole_at_any_moment(tmp_path, monkeypatch):
-    """If writing fails, the old checkpoint is still there, whole."""
+    """If writing fails, whenever, the old checkpoint is still there, whole, and no other file; a link to it stays a link."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "sat.pt").symlink_to("folder/sat.pt")
     path = save(tmp_path / "sat.pt", "sat", small_sat())
     old = path.read_bytes()
+    for size in (0, 100, len(old) // 2, len(old) - 1):
+        with full_disk(size), pytest.raises(UserError, match="cannot be written"):
+            save(path, "sat", small_sat())
+        assert path.read_bytes() == old and path.is_symlink()
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["sat.pt"]
 
-    def full(state, file):
-        file.write(b"half")
-        raise OSError("no space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
-        save(path, "sat", small_sat())
-    assert path.read_bytes() == old
+
+def test_damaged_checkpoints(tmp_path):
+    """Whatever byte of a checkpoint changes, it is refused or loads as it was; and so does one of which the end is missing."""
+    rng, sat = random.Random(0), small_sat(width=2, n_scales=2, phis=1)
+    path, bad = save(tmp_path / "sat.pt", "sat", sat), tmp_path / "bad.pt"
+    good, want, refused = path.read_bytes(), aar.fingerprint(sat), 0
+    data = good.index(b"data/0")
+    for i in range(200):
+        content, place = bytearray(good), rng.choice((rng.randrange(len(good)), rng.randrange(data), rng.randrange(len(good) - 2000, len(good))))
+        content[place] ^= 1 << rng.randrange(8)
+        bad.write_bytes(content[:place] if i % 10 == 0 else content)
+        try:
+            assert aar.fingerprint(aar.load_sat(bad)) == want
+        except UserError as e:
+            assert str(e).startswith(f"{bad}: ") and "\n" not in str(e)
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_checkpoints_that_do_not_fit(stage, tmp_path, wav_folder):
+    """Of another version of the program, or with anything missing or of another kind: refused in one line, also by --resume."""
+    path, sat = tmp_path / "x.pt", small_sat(decay=0.2)
+    small_training(stage, path, wav_folder)
+    good = torch.load(path, weights_only=True)
+    part = good["parts"][stage]
+    first, weight = next(iter(part.items()))
+    changes = [{"config": good["config"] | more} for more in ({"new": 1}, {"V": "16"}, {"V": -1})] + [{"config": None}, {"config": {}}]
+    changes += [{"parts": {stage: part | {first: other}}} for other in (weight[:0], "text")] + [{"parts": {}}, {"parts": 3}, {"parts": {stage: {}}}]
+    changes += [{"sat": None}] if stage == "aar" else []
+    for change in changes:
+        torch.save(good | change, path)
+        with pytest.raises(UserError, match=re.escape(str(path))) as error:
+            aar.load_sat(path) if stage == "sat" else aar.load_aar(path, sat)
+        assert "\n" not in str(error.value)
+    for change in {"config": None}, {"parts": {}}, {"rng": {}}, {"rng": {"cpu": 1}}, {"plan": None}, {"seed": 9}:
+        torch.save(good | change, path)
+        with pytest.raises(UserError) as error:
+            small_training(stage, path, wav_folder, "--resume")
+        assert "\n" not in str(error.value)
+
+
+def test_swapped_checkpoints(tmp_path):
+    """A generator given as the tokenizer, or the reverse, is recognised as such."""
+    sat = small_sat()
+    a, b = save(tmp_path / "a.pt", "sat", sat), save(tmp_path / "b.pt", "aar", small_aar(sat), sat="", embedder="mel", clap="")
+    with pytest.raises(UserError, match="b.pt: a checkpoint of train_aar.py, wanted one of train_sat.py: .*swapped"):
+        aar.load_sat(b)
+    with pytest.raises(UserError, match="a.pt: a checkpoint of train_sat.py, wanted one of train_aar.py: .*swapped"):
+        aar.load_aar(a, sat)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1608,7 +1990,16 @@ def test_sample_makes_variations_of_a_reference(run, trained, wav_folder, tmp_pa
     for seed, same in ((0, True), (1, False)):
         sample.main([*trained, "--device", "cpu", "--ref", str(ref), "-n", "2", "--seed", str(seed), "--out", str(tmp_path / str(seed))])
         again = waves(tmp_path / str(seed))
-        assert all(np.allclose(found[name][0], again[name][0], atol=1e-3) == (same or "reference" in name) for name in found)
+        assert all(np.array_equal(found[name][0], again[name][0]) == (same or "reference" in name) for name in found)
+
+
+def test_sample_makes_any_number(trained, wav_folder, tmp_path, monkeypatch):
+    """However large -n, only a few sounds are made at a time; with --scales one hears the first scales of them."""
+    sizes, scales, generate, decode = [], [], AAR.generate, SAT.decode
+    monkeypatch.setattr(AAR, "generate", lambda model, cond, *args: sizes.append(len(cond)) or generate(model, cond, *args))
+    monkeypatch.setattr(SAT, "decode", lambda sat, tokens, *args: scales.append(len(tokens)) or decode(sat, tokens, *args))
+    sample.main([*trained, "--device", "cpu", "--ref", str(wav_folder / "700.wav"), "--out", str(tmp_path), "-n", "20", "--scales", "3"])
+    assert sizes == [16, 4] and scales == [3, 3] and len(waves(tmp_path)) == 21
 
 
 def test_sample_reconstructs_files_of_any_length(trained, tmp_path):
@@ -1807,19 +2198,47 @@ def test_user_errors_end_in_one_line(run, script, args):
     (sample.main, "{both} --top-k 257"), (sample.main, "{both} --cfg nan"), (sample.main, "{both} --text rain"),
     (sample.main, "{both} --ref {tmp}/absent.wav"), (sample.main, "{both} --ref {sat}"), (sample.main, "{both} --reconstruct {tmp}/absent.wav"),
     (sample.main, "{both} --reconstruct {wav} --scales 0"), (sample.main, "{both} --reconstruct {wav} --scales 17"),
-    (sample.main, "{both} --out {sat} --reconstruct {wav}")],
+    (sample.main, "{both} --out {sat} --reconstruct {wav}"),
+    (train_sat.main, "--steps 99999999999999999999"), (train_sat.main, "--batch 1000000"), (train_sat.main, "--lr inf"),
+    (train_sat.main, "--seed 99999999999999999999"), (train_sat.main, "--eval {sat} --seed -1"), (train_sat.main, "--out {tmp}/x.wav"),
+    (train_sat.main, "--out {wav-like}"), (train_sat.main, "--data {sat}"), (train_sat.main, "--device meta"),
+    (train_sat.main, "--device cuda:99"), (train_aar.main, "--sat {sat} --seed -1"), (train_aar.main, "--sat {sat} --out {wav-like}"),
+    (train_aar.main, "--sat {sat} --lr 0"),
+    (sample.main, "{both} --cfg inf"), (sample.main, "{both} --cfg -1"), (sample.main, "{both} --cfg 1e30"), (sample.main, "{both} --seed -1"),
+    (sample.main, "{both} --seed 99999999999999999999"), (sample.main, "{both} --ref {tmp}"), (sample.main, "{both} --reconstruct {tmp}"),
+    (sample.main, "{both} --scales 17"), (sample.main, "{both} --ref {wav} --scales 0"), (sample.main, "{both} --ref="),
+    (sample.main, "{both} --text=")],
     ids=lambda x: x if isinstance(x, str) else x.__module__)
 def test_user_errors(main, args, trained, wav_folder, tmp_path, monkeypatch):
     """Options that make no sense, and files that are absent or of another kind, are the user's error; nothing is written."""
     monkeypatch.chdir(tmp_path)
     before = [Path(path).read_bytes() for path in trained[1::2]]
-    names = {"{both}": trained, "{sat}": trained[1:2], "{aar}": trained[3:], "{wav}": [str(wav_folder / "700.wav")]}
+    names = {"{both}": trained, "{sat}": trained[1:2], "{aar}": trained[3:], "{wav}": [str(wav_folder / "700.wav")],
+             "{wav-like}": [str(wav_folder / "700.pt")]}              # beside it lies a sound of the same name
     args = [x for word in args.split() for x in names.get(word, [word.replace("{tmp}", str(tmp_path))])]
     with pytest.raises(UserError) as error:
         main(["--device", "cpu", *args] if "--device" not in args else args)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert [Path(path).read_bytes() for path in trained[1::2]] == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("error, line", [
+    (MemoryError(), "error: not enough memory"), (RuntimeError("CUDA out of memory. Tried to allocate"), "error: not enough memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: not enough memory"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "error: not enough memory"),
+    (RuntimeError("a fault of ours"), None), (UserError("Caught UserError in ...\nTraceback\naar.UserError: mend it\n"), "error: mend it\n")],
+    ids=lambda x: repr(x)[:30])
+def test_errors_at_the_command_line(error, line, capsys):
+    """Too little memory, wherever it is missed, ends in one line too; a fault of the program keeps its traceback; what is no
+    text is printed all the same."""
+    def main():
+        print("\udcff")
+        raise error
+    with pytest.raises(SystemExit if line else RuntimeError) as seen:
+        aar.command_line(main)
+    if line:
+        assert seen.value.code == 2 and capsys.readouterr().err.startswith(line)
 
 
 @pytest.mark.parametrize("main", [train_sat.main, train_aar.main, sample.main], ids=lambda main: main.__module__)

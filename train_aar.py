@@ -51,11 +51,12 @@ def main(argv=None):
     if args.eval:
         return evaluate(args, device)
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    plan = aar.plan_from(preset.train_aar, args)
     sat = aar.load_sat(args.sat, device)
     embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
     config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
                                  cond_dim=embedder.dim, next_token=args.next_token)
-    train(args, sat, embedder, config, aar.plan_from(preset.train_aar, args), device)
+    train(args, sat, embedder, config, plan, device)
 
 
 def build(config, lr, device):
@@ -72,9 +73,11 @@ def train(args, sat, embedder, config, plan, device):
     torch.manual_seed(args.seed)
     model, optimizers = build(config, plan.lr, device)
     parts = {"aar": model} | optimizers
-    run = {"seed": args.seed, "sat": aar.fingerprint(sat), "embedder": args.embedder,
-           "clap": aar.fingerprint(embedder)}
+    run = {"seed": args.seed, "data": args.data and Path(args.data).resolve().name, "sat": aar.fingerprint(sat),
+           "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
     start, history = aar.begin(args, "aar", config, plan, parts, **run)
+    if start == plan.steps:
+        return
     data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
     print(f"device {device}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {data}, "
           f"{sum(config.scales)} tokens, {'next-token' if config.next_token else 'next-scale'}")
@@ -100,14 +103,15 @@ def train(args, sat, embedder, config, plan, device):
             optimizer.param_groups[0]["lr"] = lr
         loss, norm = train_step(model, sat, optimizers, weight, [(tokens[i].to(device), cond[i].to(device))
                                                                  for i in pick.chunk(args.accumulate)])
-        log.add(step, [f"crop {i}" for i in pick.tolist()], loss=loss, norm=norm)
+        log.add(step, (data[i][1] for i in pick.tolist()), loss=loss, norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
             y = listen(model, sat, heard, held[1], Path(args.out).with_suffix(".wav"))
             log.write(step + 1, y, **validate(model, sat, *held))
             aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
-            sample.training_page(args, "Stage 2: the generator", log.history, heard, sat.config, config, plan)
+            with aar.spare():
+                sample.training_page(args, "Stage 2: the generator", log.history, heard, sat.config, config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
@@ -260,8 +264,8 @@ def tokenize(args, sat, embedder, data, n, name):
         tokens.append(torch.cat(sat.encode(wav), 1).cpu())
         cond.append(embedder(wav).cpu())
     tokens, cond = aar.gather(torch.cat(tokens))[:n].short(), aar.gather(torch.cat(cond))[:n]
-    if aar.rank() == 0:
-        torch.save({"key": key, "tokens": tokens, "cond": cond}, cache)
+    with aar.spare():
+        aar.save(cache, {"key": key, "tokens": tokens, "cond": cond})
     return tokens, cond
 
 
@@ -273,7 +277,8 @@ def listen(model, sat, x, cond, path):
     y = sat.decode(model.generate(cond[:len(x)].to(device), sat, generator=torch.Generator(device).manual_seed(0))).cpu()
     model.train()
     pause = torch.zeros(1, sample_rate // 5)
-    aar.save_audio(path, torch.cat([torch.cat([a, pause, b, pause], -1) for a, b in zip(x, y)], -1), sample_rate)
+    with aar.spare():
+        aar.save_audio(path, torch.cat([torch.cat([a, pause, b, pause], -1) for a, b in zip(x, y)], -1), sample_rate)
     return y
 
 

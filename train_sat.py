@@ -48,9 +48,10 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
+    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    plan = aar.plan_from(preset.train_sat, args)
     if args.eval:
         return compare(args, device)
-    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
     if not 0 < args.seconds <= 60:
         raise UserError(f"--seconds {args.seconds:g}: a window lasts more than 0 and at most 60 s")
     config = dataclasses.replace(preset.sat, schedule=args.schedule, seconds=args.seconds)
@@ -58,7 +59,7 @@ def main(argv=None):
         config = dataclasses.replace(config, phis=args.phis)
     if args.rvq is not None:
         config = dataclasses.replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    train(args, config, aar.plan_from(preset.train_sat, args), device)
+    train(args, config, plan, device)
 
 
 def build(config, lr, device):
@@ -78,7 +79,10 @@ def train(args, config, plan, device):
     sat, discriminators, optimizers = build(config, plan.lr, device)
     sat.quantizer.parts = args.accumulate
     parts = {"sat": sat, "discriminators": discriminators} | optimizers
-    start, history = aar.begin(args, "sat", config, plan, parts, seed=args.seed)
+    run = {"seed": args.seed, "data": args.data and Path(args.data).resolve().name}
+    start, history = aar.begin(args, "sat", config, plan, parts, **run)
+    if start == plan.steps:
+        return
     data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
     mel_loss = MelLoss(config.sample_rate).to(device)
     quantize_at, adversarial_at = (round(share * plan.steps) for share in (plan.quantize_at, plan.adversarial_at))
@@ -108,8 +112,9 @@ def train(args, config, plan, device):
             heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
             log.write(step + 1, **({} if step < quantize_at else evaluate(sat, held_back) | {
                 "sounds": listen(sat, heard, Path(args.out).with_suffix(".wav"))[:4]}))
-            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, seed=args.seed)
-            sample.training_page(args, "Stage 1: the tokenizer", log.history, heard[:4], config, plan)
+            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, **run)
+            with aar.spare():
+                sample.training_page(args, "Stage 1: the tokenizer", log.history, heard[:4], config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
 
@@ -143,7 +148,7 @@ def train_step(sat, discriminators, optimizers, mel_loss, parts, quantize=True, 
     optimizers["muon"].step()
     optimizers["optimizer"].step()
     if adversarial:
-        aar.clip_gradients(discriminators)
+        losses["d_norm"] = aar.clip_gradients(discriminators)
         optimizers["d_optimizer"].step()
     return losses
 
@@ -152,7 +157,8 @@ def listen(sat, x, path):
     """Write originals x (n, 1, N) and reconstructions in turn, with a pause between; returns the reconstructions."""
     y = sat.decode(sat.encode(x.to(next(sat.parameters()).device))).cpu()
     pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
-    aar.save_audio(path, pairs, sat.config.sample_rate)
+    with aar.spare():
+        aar.save_audio(path, pairs, sat.config.sample_rate)
     return y
 
 
