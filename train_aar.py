@@ -107,10 +107,11 @@ def train(args, sat, embedder, config, plan, device):
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
-            y = listen(model, sat, heard, held[1], Path(args.out).with_suffix(".wav"))
+            y = listen(model, sat, held[1][:len(heard)])
             log.write(step + 1, y, **validate(model, sat, *held))
             aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
             with aar.spare():
+                aar.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, sat.config.sample_rate)
                 sample.training_page(args, "Stage 2: the generator", log.history, heard, sat.config, config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
@@ -269,16 +270,12 @@ def tokenize(args, sat, embedder, data, n, name):
     return tokens, cond
 
 
-def listen(model, sat, x, cond, path):
-    """Write references x (n, 1, N) and what is generated from their conditions, in turn, with a pause between; returns
-    the generated ones."""
-    device, sample_rate = next(model.parameters()).device, sat.config.sample_rate
+def listen(model, sat, cond):
+    """What the generator makes now of conditions (n, cond_dim): sounds (n, 1, N)."""
+    device = next(model.parameters()).device
     model.eval()
-    y = sat.decode(model.generate(cond[:len(x)].to(device), sat, generator=torch.Generator(device).manual_seed(0))).cpu()
+    y = sat.decode(model.generate(cond.to(device), sat, generator=torch.Generator(device).manual_seed(0)))
     model.train()
-    pause = torch.zeros(1, sample_rate // 5)
-    with aar.spare():
-        aar.save_audio(path, torch.cat([torch.cat([a, pause, b, pause], -1) for a, b in zip(x, y)], -1), sample_rate)
     return y
 
 

@@ -110,10 +110,11 @@ def train(args, config, plan, device):
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
-            log.write(step + 1, **({} if step < quantize_at else evaluate(sat, held_back) | {
-                "sounds": listen(sat, heard, Path(args.out).with_suffix(".wav"))[:4]}))
+            y = sat.decode(sat.encode(heard.to(device)))
+            log.write(step + 1, **({} if step < quantize_at else evaluate(sat, held_back) | {"sounds": y[:4]}))
             aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, **run)
             with aar.spare():
+                aar.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, config.sample_rate)
                 sample.training_page(args, "Stage 1: the tokenizer", log.history, heard[:4], config, plan)
             if stop.asked:
                 raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
@@ -151,15 +152,6 @@ def train_step(sat, discriminators, optimizers, mel_loss, parts, quantize=True, 
         losses["d_norm"] = aar.clip_gradients(discriminators)
         optimizers["d_optimizer"].step()
     return losses
-
-
-def listen(sat, x, path):
-    """Write originals x (n, 1, N) and reconstructions in turn, with a pause between; returns the reconstructions."""
-    y = sat.decode(sat.encode(x.to(next(sat.parameters()).device))).cpu()
-    pairs = torch.cat([torch.cat([a, b, a[..., :4800] * 0], -1) for a, b in zip(x, y)], -1)
-    with aar.spare():
-        aar.save_audio(path, pairs, sat.config.sample_rate)
-    return y
 
 
 @torch.no_grad()
