@@ -937,7 +937,7 @@ def build_embedder(kind, sample_rate, clap=None, trained_with=None):
     Raises UserError if its fingerprint is not that of the embedder that a generator was `trained_with`.
     """
     if kind == "clap" and clap is None:
-        raise UserError(f"--embedder clap needs a checkpoint: {GET_CLAP}")
+        raise UserError(f"the embedder clap needs a checkpoint: {GET_CLAP}")
     embedder = (CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)).eval()
     if trained_with not in (None, fingerprint(embedder)):
         raise UserError("the generator was trained with another version of the mel embedder: train it anew" if kind == "mel" else

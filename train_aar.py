@@ -235,8 +235,8 @@ def evaluate(args, device):
         seconds = (time.perf_counter() - since) / n
         row(f"cfg {cfg:g}, top-k {top_k}, top-p {top_p:g}", batched(embedder, y), f"{seconds:.3f}")
 
-    scores = validate(model, sat, tokens, cond)
     own = per_scale(batched(lambda x, c: free_running(model, sat, sat.latents(x), c), wav, cond), sat.config.scales)
+    scores = validate(model, sat, tokens, cond)
     print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n\n| scale | loss | accuracy | free-running |\n" + "| ---: " * 4 + "|")
     for s, loss, right, right_own in zip(sat.config.scales, scores["per_scale"], scores["accuracy"], own):
         print(f"| {s} | {loss:.2f} | {right:.1%} | {right_own:.1%} |")
