@@ -77,31 +77,34 @@ def main(argv=None):
         raise UserError(f"{index} exists and is not a page of this program: give another --out")
     written, sections, left_out = set(), {}, []                       # sections of the page: {heading: figures}
 
+    def show(heading, *what):
+        """Put a sound on the page, as long as a page of this size is still handy."""
+        if sum(map(len, itertools.chain(*sections.values()))) > 8e6:
+            left_out.append(heading)
+        else:
+            sections.setdefault(heading, []).append(sound(*what))
+
     def write(name, wav, heading=None, tokens=None, original=None):
         """Two references of one name must not overwrite each other."""
         name = next(n for n in itertools.chain([name], (f"{i}-{name}" for i in itertools.count(2))) if n not in written)
         written.add(name)
         aar.save_audio(out / name, wav, config.sample_rate)
         print(f"wrote {out / name}")
-        if sum(map(len, itertools.chain(*sections.values()))) > 8e6:  # enough for one page
-            return left_out.append(name)
         heading = heading or name.rsplit(".", 2)[0]
-        figures = sections.setdefault(heading, [])
         if original is not None:
-            figures.append(sound(f"{heading}, original", original, config))
-        figures.append(sound(name, wav, config, tokens))
+            show(heading, f"{heading}, original", original, config)
+        show(heading, name, wav, config, tokens)
 
     def coarse_to_fine(heading, name, tokens, ks):
         """Show what one hears of the first k scales, for each k."""
-        figures = sections.setdefault(heading, [])
         for k in ks:
             n = sum(config.scales[:k])
             label = f"{name}, first {k} of {K} scales, {n} token{'s' * (n > 1)}"
-            figures.append(sound(label, sat.decode(tokens[:k])[0], config))
+            show(heading, label, sat.decode(tokens[:k])[0], config)
 
     def finish(title, what):
         if left_out:
-            what += f"; {len(left_out)} more sounds, for which the page has no room, lie beside it"
+            what += f"; the page has no room for {len(left_out)} more sounds"
         page(index, title, what, vars(args) | asdict(config), sections)
         print(f"wrote {index}")
 

@@ -2494,11 +2494,11 @@ def test_a_page_of_others_is_not_overwritten(pages, tmp_path):
 
 
 def test_a_full_page_says_so(pages, tmp_path, monkeypatch):
-    """Sounds for which the page would become too large are written and counted."""
+    """Sounds for which the page would become too large are written as files all the same, and counted."""
     monkeypatch.setattr(sample, "sound", lambda *args: " " * 5_000_000)
     sample.main(["--device", "cpu", "--sat", str(pages["sat"].with_suffix(".pt")), "--out", str(tmp_path), "--reconstruct",
                  *[str(pages["sat"].with_suffix(".wav"))] * 4])
-    assert len(waves(tmp_path)) == 4 and "; 3 more sounds" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert len(waves(tmp_path)) == 4 and "no room for 6 more sounds" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 class Browser:
