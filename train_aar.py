@@ -106,6 +106,7 @@ def train(args, sat, embedder, config, plan, device):
         log.add(step, (data[i][1] for i in pick.tolist()), loss=loss, norm=norm)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
+            log.flush()                                               # a broken loss stops here, before it is drawn from
             heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
             y = listen(model, sat, held[1][:len(heard)])
             log.write(step + 1, y, **validate(model, sat, *held))
