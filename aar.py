@@ -283,7 +283,7 @@ class MSRQ(nn.Module):
         def choose(k, f_hat):
             z.append(self.read(k, f - f_hat))
             if kmeans:
-                self.codebooks[k].kmeans(gather(z[k].flatten(0, 1)))
+                self.codebooks[k].kmeans(gather(z[k].flatten(0, 1)))     # gather: of all processes that train
             return self.codebooks[k].nearest(z[k])
         with bfloat16(f.device, on=False):                           # nearest codes need all digits
             f = f.float()
@@ -651,6 +651,7 @@ class AAR(nn.Module):
         self.null = nn.Parameter(torch.randn(config.cond_dim) / config.cond_dim ** 0.5)     # "no condition", learned
         self.cond = nn.Sequential(nn.Linear(config.cond_dim, C), nn.SiLU(), nn.Linear(C, C))
         self.input = nn.Linear(config.latent, C)
+        # Added to the inputs: which scale (not the "scale" of AdaLN) and which place of the sequence this is.
         self.level, self.position = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(L, C))
         self.adaln = nn.Linear(C, (6 * config.depth + 2) * C)                  # of all blocks and the head
         self.layers = nn.ModuleList(Block(C, H) for _ in range(config.depth))
@@ -678,7 +679,8 @@ class AAR(nn.Module):
         """
         c = self.cond(cond * cond.shape[-1] ** 0.5)                             # a unit vector's numbers are small
         mods = self.adaln(F.silu(c)).unflatten(-1, (-1, c.shape[-1]))[:, :, None]           # (B, 6 d + 2, 1, C)
-        return c[:, None], mods[:, :-2].unflatten(1, (-1, 6)).unbind(1), mods[:, -2:].unbind(1)
+        layers, head = mods[:, :-2].unflatten(1, (-1, 6)), mods[:, -2:]         # (B, d, 6, 1, C), (B, 2, 1, C)
+        return c[:, None], layers.unbind(1), head.unbind(1)
 
     def logits(self, x, mods, head, mask=None, caches=None, at=0):
         """Inputs x (B, n, C) of the places at .. at + n - 1 -> logits (B, n, V): shared by training and generation."""
@@ -691,7 +693,8 @@ class AAR(nn.Module):
     def forward(self, cond, teacher_inputs):
         """Condition (B, cond_dim), SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
         if self.training:
-            hide = share(torch.rand(len(cond) * world(), 1, device=cond.device)) < self.config.cond_drop
+            hide = torch.rand(len(cond) * world(), 1, device=cond.device) < self.config.cond_drop
+            hide = share(hide)                                                 # each training process its part of one draw
             cond = torch.where(hide, self.null, cond)
         start, mods, head = self.condition(cond)
         x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
@@ -701,14 +704,15 @@ class AAR(nn.Module):
     def generate(self, cond, sat, cfg=3.0, top_k=0, top_p=0.8, generator=None):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
 
-        cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), and the logits are
+        cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), k from 0, and the logits are
         (1 + t_k) conditional - t_k unconditional. top_k, top_p: see `draw`. generator: on the model's device.
         """
         config, B, K = self.config, len(cond), len(self.config.scales)
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])                  # both halves in one batch
         start, mods, head = self.condition(cond)
-        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64) for _ in self.layers]
+        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64)      # keys, values: (B or 2 B, H, L, C/H)
+                  for _ in self.layers]
         at, last = 0, None                                                     # places filled, code of the last token
 
         def choose(k, f_hat):
@@ -762,7 +766,7 @@ class MelEmbedder(nn.Module):
         self.mel = Mel(sample_rate, 1024, 64)
         i = torch.arange(32)[:, None]
         dct = torch.cos(i * (torch.arange(64) + 0.5) * math.pi / 64)                      # (32, 64)
-        self.register_buffer("time", dct[:14].T / 64)                # kept in the state: another embedder, another fingerprint
+        self.register_buffer("time", dct[:14].T / 64)                # saved, so that the fingerprint changes with it
         self.register_buffer("pitch", dct * (i + 1).sqrt())
 
     @torch.no_grad()
@@ -909,16 +913,17 @@ def build_embedder(kind, sample_rate, clap=None, trained_with=None):
         raise UserError(f"the embedder clap needs a checkpoint: {GET_CLAP}")
     embedder = (CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)).eval()
     if trained_with not in (None, fingerprint(embedder)):
-        raise UserError("the generator was trained with another version of the mel embedder: train it anew" if kind == "mel" else
-                        f"--clap {clap} is not the checkpoint that the generator was trained with")
+        raise UserError("the generator was trained with another version of the mel embedder: train it anew"
+                        if kind == "mel" else f"--clap {clap} is not the checkpoint that the generator was trained with")
     return embedder
 
 
 def frechet(a, b):
     """Frechet distance of two sets of embeddings (n, C) and (m, C), as if either were Gaussian (FAD, arXiv 1812.08466):
 
-    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S the covariances, all in float64. If X^T X = S, the trace of the root
-    is the sum of the singular values of X_a X_b^T, which stays exact where S has no inverse. Raises UserError below two clips.
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S the covariances, all in float64. If X^T X = S, the trace
+    of the root is the sum of the singular values of X_a X_b^T, which stays exact where S has no inverse. Raises
+    UserError below two clips.
     """
     if min(len(a), len(b)) < 2:
         raise UserError(f"a Frechet distance needs at least 2 sounds on either side, got {len(a)} and {len(b)}")
@@ -931,8 +936,8 @@ def frechet(a, b):
 def warn_of_few(n, C):
     """Say so if a Frechet distance of n clips in C dimensions is too high to stand alone."""
     if n < C:
-        print(f"warning: {n} clips are fewer than the {C} dimensions of their embeddings, which makes Frechet distances too high, those "
-              "of real sounds to real sounds too: compare only figures of equally many clips", file=sys.stderr)
+        print(f"warning: {n} clips are fewer than the {C} dimensions of their embeddings, which makes Frechet distances "
+              "too high, those of real sounds to real sounds too: compare only figures of equally many clips", file=sys.stderr)
 
 
 def neighbours(e, names):
@@ -1251,7 +1256,7 @@ def begin(args, kind, config, plan, parts, **run):
     tmp = Path(f"{path.resolve()}.tmp")
     if path.suffix in (".wav", ".html"):
         raise UserError(f"--out {path}: sounds and a page are written beside the checkpoint; name it {path.stem}.pt")
-    for old in () if args.resume else (path, path.with_suffix(".wav")):
+    for old in () if args.resume else (path, path.with_suffix(".wav"), path.with_suffix(".html")):
         if os.path.exists(old):
             raise UserError(f"{old} exists: add --resume to go on with {path}, or give another --out")
     # Old and new checkpoint lie side by side for a moment, each with weights and two averages of them.
@@ -1325,12 +1330,19 @@ def pick_device(name=None):
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} is not available here ({str(e).partition('. ')[0].strip()}); the best here is {best}")
+        raise UserError(f"--device {name} is not available here ({str(e).partition('. ')[0].strip()}); "
+                        f"the best here is {best}")
 
 
 def check_seed(seed):
     if not 0 <= seed < 2 ** 63:
         raise UserError(f"--seed must be at least 0 and below 2^63, got {seed}")
+
+
+def check_drawing(V, cfg, top_k, top_p):
+    if not (0 <= cfg <= 100 and 0 <= top_k <= V and 0 < top_p <= 1):
+        raise UserError(f"--cfg must be 0 to 100, --top-k 0 to {V} (the number of codes), --top-p above 0 and at most 1; "
+                        f"got {cfg:g}, {top_k}, {top_p:g}")
 
 
 def plan_from(plan: TrainConfig, args):
@@ -1514,7 +1526,10 @@ def command_line(main):
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     try:
-        return main()
+        main()
+        if dist.is_initialized():                                     # else its threads may abort the exit
+            dist.destroy_process_group()
+        return
     except Stopped as e:
         print(e)
         sys.exit(130)

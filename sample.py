@@ -55,16 +55,15 @@ def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
     aar.check_seed(args.seed)
-    if args.n < 1 or not 0 <= args.cfg <= 100 or not 0 < args.top_p <= 1:
-        raise UserError("-n must be at least 1, --cfg 0 to 100, --top-p above 0 and at most 1")
+    if args.n < 1:
+        raise UserError(f"-n must be at least 1, got {args.n}")
     if args.ref == "" or "" in (args.text or []):
         raise UserError("--ref and --text must not be empty")
     if args.fad:
         return compare_folders(args, device)
     sat = aar.load_sat(args.sat, device)
     config, K, out = sat.config, len(sat.config.scales), Path(args.out)
-    if not 0 <= args.top_k <= config.V:
-        raise UserError(f"--top-k {args.top_k}: this tokenizer has {config.V} codes")
+    aar.check_drawing(config.V, args.cfg, args.top_k, args.top_p)
     if args.scales is not None and not 1 <= args.scales <= K:
         raise UserError(f"--scales {args.scales}: this tokenizer has 1 to {K}")
     n = args.scales or K

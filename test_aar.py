@@ -2134,19 +2134,31 @@ def test_evaluation_of_a_generator(tmp_path, capsys):
     assert set(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("extra", [["--rvq"], ["--schedule", "log"]], ids=" ".join)
+@pytest.mark.parametrize("extra", [["--rvq"], ["--schedule", "log"], ["--phis", "0", "--adversarial-at", "1"]],
+                         ids=" ".join)
 def test_both_stages_of_the_baselines(extra, wav_folder, tmp_path, capsys):
     """Residual VQ and other schedules train, with a next-token generator; a checkpoint can be measured."""
     common = ["--device", "cpu", "--preset", "tiny", "--data", str(wav_folder), "--batch", "1", "--steps", "1"]
     sat_pt = str(tmp_path / "sat.pt")
-    train_sat.main([*common, "--out", sat_pt, *extra])
+    train_sat.main([*common, "--out", sat_pt, "--adversarial-at", "0.4", *extra])
     train_sat.main([*common, "--eval", sat_pt])
     assert f"| {sat_pt} | " in capsys.readouterr().out
-    tokens = sum(aar.load_sat(sat_pt).config.scales)
-    assert tokens == 750 if extra == ["--rvq"] else 75 < tokens < 455
+    config, history = aar.load_sat(sat_pt).config, aar.load_checkpoint(sat_pt, "sat")["history"]
+    tokens, plain = sum(config.scales), "--phis" in extra
+    assert tokens == 750 if extra == ["--rvq"] else 75 < tokens <= 455
+    assert (config.phis == 0) == (plain or extra == ["--rvq"]) and ("adversarial" in history[0]) != plain
     if extra != ["--rvq"]:
         train_aar.main([*common, "--sat", sat_pt, "--out", str(tmp_path / "aar.pt"), "--next-token"])
         assert f"{tokens} tokens, next-token" in capsys.readouterr().out
+
+
+def test_sounds_before_the_codebooks_start(tmp_path):
+    """As long as there are no codebooks, what one hears is the plain autoencoder, not noise from random codes."""
+    train_sat.train(options(tmp_path / "sat.pt"), small_sat().config, small_plan(steps=1, quantize_at=1), CPU)
+    sat, (pairs,) = aar.load_sat(tmp_path / "sat.pt"), [wav for wav, _ in waves(tmp_path).values()]
+    x = aar.sounds(None, sat.config, 0, held_back=True)[2][0]
+    heard = pairs.reshape(8, 2, -1)[2, 1, :sat.config.samples]
+    np.testing.assert_allclose(heard, sat.decoder(sat.latents(x[None]))[0, 0].clamp(-1, 1), atol=1e-3)
 
 
 def test_training_on_toy_sounds(tmp_path):
@@ -2218,7 +2230,10 @@ def test_user_errors_end_in_one_line(run, script, args):
     (sample.main, "{both} --cfg inf"), (sample.main, "{both} --cfg -1"), (sample.main, "{both} --cfg 1e30"), (sample.main, "{both} --seed -1"),
     (sample.main, "{both} --seed 99999999999999999999"), (sample.main, "{both} --ref {tmp}"), (sample.main, "{both} --reconstruct {tmp}"),
     (sample.main, "{both} --scales 17"), (sample.main, "{both} --ref {wav} --scales 0"), (sample.main, "{both} --ref="),
-    (sample.main, "{both} --text=")],
+    (sample.main, "{both} --text="), (sample.main, "--fad {tmp} {tmp} --seed 99999999999999999999"),
+    (train_sat.main, "--rvq --seconds 0.05"), (train_sat.main, "--rvq 0"), (train_aar.main, "--sat {sat} --eval {aar} --cfg inf"),
+    (train_aar.main, "--sat {sat} --eval {aar} --top-k 257"), (train_aar.main, "--sat {sat} --eval {aar} --seed -1"),
+    (train_sat.main, "--eval opus:loud"), (train_sat.main, "--eval {tmp}")],
     ids=lambda x: x if isinstance(x, str) else x.__module__)
 def test_user_errors(main, args, trained, wav_folder, tmp_path, monkeypatch):
     """Options that make no sense, and files that are absent or of another kind, are the user's error; nothing is written."""

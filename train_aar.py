@@ -32,7 +32,6 @@ def arguments(argv=None):
     p.add_argument("--steps", type=int, help="default: the preset's")
     p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="take the batch in N parts: less memory, same result")
-    p.add_argument("--compile", action="store_true", help="translate the model for this machine (torch.compile) first")
     p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
@@ -48,10 +47,10 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     device = aar.pick_device(args.device)
-    if args.eval:
-        return evaluate(args, device)
     preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
     plan = aar.plan_from(preset.train_aar, args)
+    if args.eval:
+        return evaluate(args, device)
     sat = aar.load_sat(args.sat, device)
     embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
     config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
@@ -91,8 +90,6 @@ def train(args, sat, embedder, config, plan, device):
     weight = torch.cat([torch.full((s,), s ** -0.5) for s in config.scales]).to(device)
     weight /= weight.mean()
 
-    if args.compile:
-        model.compile()
     bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
     log, stop = aar.Log(bar, history), aar.Stop()
     for step in bar:
@@ -199,9 +196,9 @@ def ranks(y, references, n=100):
 def evaluate(args, device):
     """Print what a generator makes of the conditions of held-back clips, beside real sounds, reconstructions and noise."""
     settings = list(itertools.product(args.cfg, args.top_k, args.top_p))
-    if not all(math.isfinite(cfg) and k >= 0 and 0 < p <= 1 for cfg, k, p in settings):
-        raise aar.UserError("--cfg must be finite, --top-k at least 0, --top-p above 0 and at most 1")
     sat = aar.load_sat(args.sat, device)
+    for setting in settings:
+        aar.check_drawing(sat.config.V, *setting)
     model, kind, trained_with = aar.load_aar(args.eval, sat, device)
     embedder = aar.build_embedder(kind, sat.config.sample_rate, args.clap, trained_with).to(device)
     data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))

@@ -52,8 +52,8 @@ def main(argv=None):
     plan = aar.plan_from(preset.train_sat, args)
     if args.eval:
         return compare(args, device)
-    if not 0 < args.seconds <= 60:
-        raise UserError(f"--seconds {args.seconds:g}: a window lasts more than 0 and at most 60 s")
+    if not 0.1 <= args.seconds <= 60:                                 # shorter ones do not fill the losses' windows
+        raise UserError(f"--seconds {args.seconds:g}: a window lasts 0.1 to 60 s")
     config = dataclasses.replace(preset.sat, schedule=args.schedule, seconds=args.seconds)
     if args.phis is not None:
         config = dataclasses.replace(config, phis=args.phis)
@@ -110,7 +110,9 @@ def train(args, config, plan, device):
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
-            y = sat.decode(sat.encode(heard.to(device)))
+            with torch.no_grad():                                     # before the codebooks start, without them
+                y = (sat.decode(sat.encode(heard.to(device))) if step >= quantize_at
+                     else sat.decoder(sat.latents(heard.to(device))))
             log.write(step + 1, **({} if step < quantize_at else evaluate(sat, held_back) | {"sounds": y[:4]}))
             aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, **run)
             with aar.spare():
@@ -177,12 +179,13 @@ def evaluate(sat, held_back):
 
 def compare(args, device):
     """Print a table with a row for each of args.eval, and below it the codes in use per scale."""
-    below = []
+    below, held_back = [], aar.sounds(args.data, aar.SATConfig(), args.seed, held_back=True)
+    print(f"device {device}, {len(held_back)} held-back clips of {args.data or held_back}\n")
     print("| tokenizer | tokens/s | bit/s | log-mel (dB) | STFT | SI-SDR (dB) | codes in use | perplexity | training (s) |")
     print("| --- |" + " ---: |" * 8)
     for name in args.eval:
         if name.startswith("opus:"):
-            seen = opus(name, aar.sounds(args.data, aar.SATConfig(), args.seed, held_back=True))
+            seen = opus(name, held_back)
             row = ["", seen["bits"], *(seen[key] for key in DISTANCES), "", "", ""]
         else:
             sat, history = aar.load_sat(name, device), aar.load_checkpoint(name, "sat")["history"]
