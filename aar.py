@@ -584,11 +584,14 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of the error relative to the energy of the sound, mean over clips: spectra alone never teach the phases.
+    """Energy of the error in means of 8 samples, relative to the energy of the sound: spectra alone never teach phases.
 
-    x, y (B, 1, N); the added 1e-5 is -50 dB.
+    x, y (B, 1, N); the added 1e-5 is -50 dB. Means of 8 samples at 24 kHz keep what is below about 1.5 kHz, as much as
+    75 D numbers a second can carry as a wave. Above, where no phase can be guessed, a loss of waves would only make noise
+    too quiet.
     """
-    return ((x - y).square().mean(-1) / (x.square().mean(-1) + 1e-5)).mean()
+    error = F.avg_pool1d(x - y, 8)
+    return (error.square().mean(-1) / (x.square().mean(-1) + 1e-5)).mean()
 
 
 def log_mel_distance(mel, x, y):
