@@ -180,7 +180,7 @@ def up(z, T):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Quantizer: multi-scale residual quantization, MSRQ (Alg. 1 and 2)
+# Quantizer: multi-scale residual quantization, MSRQ (Alg. 1 and Alg. 2)
 # ---------------------------------------------------------------------------------------------------------------
 
 class Codebook(nn.Module):
@@ -258,7 +258,7 @@ class MSRQ(nn.Module):
         return self.phis[k * len(self.phis) // len(self.scales)](h) if len(self.phis) else h
 
     def walk(self, choose, T=None, n=None):
-        """The loop of Alg. 1 and 2, coarse to fine: tokens [r_1 .. r_n] and sums [f_hat_1 .. f_hat_n], each (B, D, T).
+        """The loop of Alg. 1 and Alg. 2, coarse to fine: tokens [r_1 .. r_n] and sums [f_hat_1 .. f_hat_n], each (B, D, T).
 
         `choose(k, f_hat)` returns the tokens (B, s_k) of scale k, given the sum of all coarser scales, at first 0. In
         code k counts from 0, in the paper from 1.
@@ -317,7 +317,7 @@ class MSRQ(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Codec: SEANet encoder and decoder as in EnCodec (Fig. 2, left)
+# Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left)
 # ---------------------------------------------------------------------------------------------------------------
 
 class Conv1d(nn.Conv1d):
@@ -588,7 +588,7 @@ def log_mel_distance(mel, x, y):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Transformer: acoustic autoregressive model, AAR (Fig. 2, right)
+# Transformer: acoustic autoregressive model, AAR (Fig. 2 right)
 # ---------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):

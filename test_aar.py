@@ -2622,3 +2622,40 @@ def test_page_in_a_browser(pages, browser, name):
     assert not [event for event in browser.events if event["method"] in bad]
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert all(url.startswith(("data:", pages[name].as_uri())) for url in asked)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Classroom: what the README teaches is true of the code
+# ---------------------------------------------------------------------------------------------------------------
+
+README, SOURCE = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "aar.py"))
+
+
+def section(title):
+    """What stands in the README below `## title`."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def cited(text):
+    """The algorithms, figures and sections of the paper that a text names."""
+    return set(re.findall(r"(?:Alg|Fig|Sec)\. \d+(?: left| right)?", text))
+
+
+def test_paper_to_code_and_back():
+    """Each name of the table is in the file that it links to, each flag is taken; what the table cites aar.py cites too."""
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", section("From the paper to the code"), re.M)[2:]
+    assert len(rows) >= 15 and all("`" in code for _, code in rows)
+    modules = {"aar.py": aar, "train_sat.py": train_sat, "train_aar.py": train_aar}
+    for paper, code in rows:
+        names = re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", code)
+        assert len(names) == code.count("`") / 2, code
+        for name, file in names:
+            if name.startswith(file + " "):
+                modules[file].arguments(shlex.split(name)[1:])        # ends the program if it knows no such flag
+            else:
+                value = modules[file]
+                for part in name.split("."):
+                    value = getattr(value, part)
+                assert name.partition(".")[0] in (HERE / file).read_text(encoding="utf-8")
+    table = cited("\n".join(paper for paper, _ in rows))
+    assert table == cited(SOURCE) >= {"Alg. 1", "Alg. 2", "Fig. 2 left", "Fig. 2 right", "Fig. 3", "Fig. 4", "Fig. 5"}
