@@ -1507,7 +1507,7 @@ class Log:
             for part, value in zip(losses, values.tolist()):
                 if not math.isfinite(value):
                     raise UserError(f"step {step}: loss part {part!r} is {value} on {', '.join(names)}; the last checkpoint "
-                                    "is kept; go on from it with a smaller --lr")
+                                    "is kept; make a new run with a smaller --lr")
                 self.sums[part] = self.sums.get(part, 0.0) + value
             self.bar.set_postfix({part: f"{value:.3f}" for part, value in zip(losses, values.tolist())}, refresh=False)
         self.pending.clear()
