@@ -2881,9 +2881,3 @@ def test_troubleshooting_is_of_this_program():
                 assert part.strip() in code, part
         for flag in re.findall(r"--[a-z-]+", " ".join(row)):
             assert f'"{flag}"' in code, flag
-
-
-def test_lines_of_the_readme_are_short():
-    """Apart from tables and the commands, no line is longer than a window."""
-    lines = [line for line in README.splitlines() if not line.startswith("|")]
-    assert max(map(len, lines)) <= 140
