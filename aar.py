@@ -166,11 +166,11 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
          "flat": lambda: np.full(n, frames)}
     if kind not in s:
         raise UserError(f"unknown schedule {kind!r}: choose one of {', '.join(s)}")
-    return tuple(int(x) for x in np.floor(s[kind]() + 1e-6))
+    return tuple(int(x) for x in np.floor(s[kind]() + 1e-6))           # 74.9999999 is meant to be 75
 
 
 def down(f, s):
-    """(B, D, T) -> (B, D, s): each token is the mean over its share of the frames."""
+    """(B, D, T) -> (B, D, s): each token is the mean over its share of the frames; neighbours may share one."""
     return F.interpolate(f, size=s, mode="area") if f.shape[-1] != s else f
 
 
@@ -180,7 +180,7 @@ def up(z, T):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Quantizer: multi-scale residual quantization, MSRQ (Alg. 1 and 2)
+# Quantizer: multi-scale residual quantization, MSRQ (Alg. 1 and Alg. 2)
 # ---------------------------------------------------------------------------------------------------------------
 
 class Codebook(nn.Module):
@@ -251,22 +251,25 @@ class MSRQ(nn.Module):
         self.scales, self.frames = config.scales, config.frames
         self.codebooks = nn.ModuleList(Codebook(config.V, config.latent, config.decay) for _ in self.scales)
         self.phis = nn.ModuleList(Phi(config.latent) for _ in range(config.phis))
-        self.parts, self.seen = 1, []                                # of how many parts a batch consists, and those seen
+        self.parts, self.seen = 1, []                                # --accumulate: how many parts a batch has; those so far
 
     def phi(self, k, h):
         """The phi of scale k: neighbouring scales share one."""
         return self.phis[k * len(self.phis) // len(self.scales)](h) if len(self.phis) else h
 
     def walk(self, choose, T=None, n=None):
-        """The loop of Alg. 1 and 2, coarse to fine: tokens [r_1 .. r_n] and sums [f_hat_1 .. f_hat_n], each (B, D, T).
+        """The loop of Alg. 1 and Alg. 2, coarse to fine: tokens [r_1 .. r_n] and sums [f_hat_1 .. f_hat_n], each (B, D, T).
 
-        `choose(k, f_hat)` returns the tokens (B, s_k) of scale k, given the sum of all coarser scales.
+        `choose(k, f_hat)` returns the tokens (B, s_k) of scale k, given the sum of all coarser scales, at first 0. In
+        code k counts from 0, in the paper from 1.
         """
-        r, f_hats = [], [0.0]
+        r, f_hats, f_hat = [], [], 0.0
         for k in range(n or len(self.scales)):
-            r.append(choose(k, f_hats[-1]))
-            f_hats.append(f_hats[-1] + self.phi(k, up(self.codebooks[k](r[k]).mT, T or self.frames)))
-        return r, f_hats[1:]
+            r.append(choose(k, f_hat))
+            code = self.codebooks[k](r[k]).mT                        # (B, D, s_k)
+            f_hat = f_hat + self.phi(k, up(code, T or self.frames))  # (B, D, T)
+            f_hats.append(f_hat)
+        return r, f_hats
 
     def read(self, k, f):
         """(B, D, T) -> (B, s_k, D): a residual as codebook k sees it, or f_hat as the transformer reads it for scale k."""
@@ -301,9 +304,11 @@ class MSRQ(nn.Module):
                     r_k = torch.cat([r[k].flatten() for _, r in self.seen])
                     codebook.update(gather(z_k), gather(r_k))
                 self.seen.clear()
+        # Each loss moves one side only: the latents towards their sums, and, through the phis, the sums towards the latents.
+        # The codes, which are no parameters, follow by their moving averages.
         commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
         phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
-        # Straight-through, ONCE around the whole of MSRQ: forward f_hat_K, backward the identity.
+        # Straight-through, ONCE around the whole of MSRQ: the value is f_hat_K, the gradient passes to f as it came.
         return f + (f_hats[-1] - f).detach(), r, commitment_loss + phi_loss
 
     def decode(self, tokens, T=None):
@@ -312,11 +317,11 @@ class MSRQ(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Codec: SEANet encoder and decoder as in EnCodec (Fig. 2, left)
+# Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left)
 # ---------------------------------------------------------------------------------------------------------------
 
 class Conv1d(nn.Conv1d):
-    """As in torch, but with the channels of a sample side by side in memory: about 15% of a step of stage 1 on a CPU."""
+    """torch's, only faster on a CPU (about 15% of a step of stage 1): the channels of a sample lie side by side in memory."""
 
     def forward(self, x):
         weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
@@ -372,7 +377,9 @@ def filter_bank(r, channels):
     return 2 * torch.cos(math.pi / r * band * (t + r / 2)) * torch.sin(math.pi * t / (2 * r))
 
 
-LOUDNESS = 8.0  # sound has an RMS of about 1/8: scaled to 1, where an ELU is more than a straight line, and back
+# Sound has an RMS of about 1/8. The first layer scales it to 1, since an ELU of small numbers is a straight line, which can
+# learn nothing that one layer could not; the last layer scales back.
+LOUDNESS = 8.0
 
 
 class Residual(nn.Module):
@@ -469,7 +476,7 @@ class SAT(nn.Module):
         if next_token:
             return torch.cat([codebook(r_k) for codebook, r_k in zip(quantizer.codebooks, tokens)], 1)[:, :-1]
         _, f_hats = quantizer.walk(lambda k, _: tokens[k])
-        reads = [quantizer.read(k, f_hat) for k, f_hat in enumerate(f_hats[:-1], start=1)]
+        reads = [quantizer.read(k, f_hats[k - 1]) for k in range(1, len(f_hats))]     # what was known BEFORE scale k
         return torch.cat([f_hats[0].mT[:, :0], *reads], 1)           # begins with nothing, for the case of one scale
 
 
@@ -600,7 +607,7 @@ def log_mel_distance(mel, x, y):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Transformer: acoustic autoregressive model, AAR (Fig. 2, right)
+# Transformer: acoustic autoregressive model, AAR (Fig. 2 right)
 # ---------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
@@ -648,16 +655,22 @@ class Block(nn.Module):
 def block_mask(blocks):
     """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L).
 
-    That is no leak: the inputs of a block are made of the tokens of earlier blocks.
+    Blocks of 1, 2 and 3 tokens:    1 . . . . .    reads the start token                 predicts r_1
+                                    1 1 1 . . .    reads down(f_hat_1), twice            predicts r_2, two tokens at once
+                                    1 1 1 . . .
+                                    1 1 1 1 1 1    reads down(f_hat_2), three times      predicts r_3, three at once
+                                    1 1 1 1 1 1
+                                    1 1 1 1 1 1
+    To look at the whole own block is no leak: what it reads is made of the tokens of EARLIER blocks only.
     """
     block = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
     return block[:, None] >= block
 
 
 class AAR(nn.Module):
-    """Acoustic autoregressive model: predicts a block of tokens at a time, given the condition and all earlier blocks.
+    """Acoustic autoregressive model: p(r_1 .. r_K) = prod_k p(r_k | r_<k, condition), one factor a block of tokens.
 
-    A block is one scale, or, with `next_token`, one token.
+    A block is one scale, or, with `next_token` (Fig. 3), one token.
     """
 
     def __init__(self, config: AARConfig):
@@ -724,7 +737,7 @@ class AAR(nn.Module):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
 
         cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), k from 0, and the logits are
-        (1 + t_k) conditional - t_k unconditional. top_k, top_p: see `draw`. generator: on the model's device.
+        (1 + t_k) conditional - t_k unconditional (Fig. 4). top_k, top_p: see `draw`. generator: on the model's device.
         """
         config, B, K = self.config, len(cond), len(self.config.scales)
         if cfg:
@@ -732,7 +745,7 @@ class AAR(nn.Module):
         start, mods, head = self.condition(cond)
         caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64)      # keys, values: (B or 2 B, H, L, C/H)
                   for _ in self.layers]
-        at, last = 0, None                                                     # places filled, code of the last token
+        at, last = 0, None                                                     # places filled; codes drawn last, (B, n, D)
 
         def choose(k, f_hat):
             """Predict the tokens of scale k: one block, or s_k blocks of one token each."""
@@ -742,7 +755,7 @@ class AAR(nn.Module):
                 if at == 0:
                     x = start.expand(-1, n, -1)
                 else:
-                    x = self.input(last if config.next_token else sat.quantizer.read(k, f_hat))
+                    x = self.input(last if config.next_token else sat.quantizer.read(k, f_hat))      # (B, n, C)
                     x = x.repeat(len(cond) // B, 1, 1)                         # both halves read the same
                 logits = self.logits(x, mods, head, caches=caches, at=at)
                 if cfg:
@@ -1513,7 +1526,7 @@ class Log:
             for part, value in zip(losses, values.tolist()):
                 if not math.isfinite(value):
                     raise UserError(f"step {step}: loss part {part!r} is {value} on {', '.join(names)}; the last checkpoint "
-                                    "is kept; go on from it with a smaller --lr")
+                                    "is kept; make a new run with a smaller --lr")
                 self.sums[part] = self.sums.get(part, 0.0) + value
             self.bar.set_postfix({part: f"{value:.3f}" for part, value in zip(losses, values.tolist())}, refresh=False)
         self.pending.clear()

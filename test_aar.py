@@ -2645,3 +2645,262 @@ def test_page_in_a_browser(pages, browser, name):
     assert not [event for event in browser.events if event["method"] in bad]
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert all(url.startswith(("data:", pages[name].as_uri())) for url in asked)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Classroom: what the README teaches is true of the code
+# ---------------------------------------------------------------------------------------------------------------
+
+README, SOURCE = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "aar.py"))
+
+
+def section(title):
+    """What stands in the README below `## title`."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def cited(text):
+    """The algorithms, figures and sections of the paper that a text names."""
+    return set(re.findall(r"(?:Alg|Fig|Sec)\. \d+(?: left| right)?", text))
+
+
+def test_paper_to_code_and_back():
+    """Each name of the table is in the file that it links to, each flag is taken; what the table cites aar.py cites too."""
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", section("From the paper to the code"), re.M)[2:]
+    assert len(rows) >= 15 and all("`" in code for _, code in rows)
+    modules = {"aar.py": aar, "train_sat.py": train_sat, "train_aar.py": train_aar}
+    for paper, code in rows:
+        names = re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", code)
+        assert len(names) == code.count("`") / 2, code
+        for name, file in names:
+            if name.startswith(file + " "):
+                modules[file].arguments(shlex.split(name)[1:])        # ends the program if it knows no such flag
+            else:
+                value = modules[file]
+                for part in name.split("."):
+                    value = getattr(value, part)
+                assert name.partition(".")[0] in (HERE / file).read_text(encoding="utf-8")
+    table = cited("\n".join(paper for paper, _ in rows))
+    assert table == cited(SOURCE) >= {"Alg. 1", "Alg. 2", "Fig. 2 left", "Fig. 2 right", "Fig. 3", "Fig. 4", "Fig. 5"}
+
+
+def exercise(number):
+    """The text of an exercise, its diffs, and for each of its commands (script, options)."""
+    text = re.search(rf"^### {number}\. .*?(?=^##|\Z)", section("Exercises"), re.M | re.S)[0]
+    commands = [line.split(maxsplit=2)[1:] for line in text.splitlines() if line.startswith("python ")]
+    return text, re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S), commands
+
+
+def options_of(number, script):
+    """What the script's parser makes of each command of an exercise that calls it."""
+    return [{"train_sat.py": train_sat, "train_aar.py": train_aar, "sample.py": sample}[name].arguments(shlex.split(line))
+            for name, line in exercise(number)[2] if name == script]
+
+
+def hunks(diff):
+    """The changes of a diff one by one: pairs of lines that go and of lines that come, both with their first sign."""
+    return re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)+)", diff, re.M)
+
+
+@contextlib.contextmanager
+def changed(diff):
+    """Inside, small_sat and AAR are made of aar.py with the lines of `diff` in place of those that they replace."""
+    source = SOURCE
+    for pair in hunks(diff):
+        old, new = (re.sub("^.", "", lines, flags=re.M) for lines in pair)
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = type(aar)("changed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "changed", module)
+        exec(compile(source, "changed aar.py", "exec"), vars(module))
+        patch.setitem(globals(), "SAT", module.SAT)
+        patch.setitem(globals(), "AAR", module.AAR)
+        yield
+
+
+@torch.no_grad()
+def errors(sat, f, start_on=None):
+    """Start the codebooks on latents; mean square of what each number of scales leaves over of f."""
+    torch.manual_seed(0)
+    sat.quantizer.quantize(f if start_on is None else start_on, kmeans=True)
+    return [(f - f_hat).square().mean().item() for f_hat in sat.quantizer.quantize(f)[1]]
+
+
+def latents_of(n=64, D=6, T=40, seed=2):
+    """Latents that change slowly, as those of sounds do: (n, D, T)."""
+    return F.avg_pool1d(10 * noise(n, D, T + 8, seed=seed), 9, 1) * 3
+
+
+def test_exercises_are_ten_and_complete():
+    """Each has a command that its script understands, and says what one sees in numbers; no place is left to fill in."""
+    for number in range(1, 11):
+        text, _, commands = exercise(number)
+        assert commands and re.search(r"\d", text.partition("```\n")[2]) and "@" not in text
+        for script in {name for name, _ in commands}:
+            options_of(number, script)
+    assert "### 11" not in section("Exercises")
+
+
+def test_exercise_schedule():
+    """The more tokens, the less is left over; the text says how many tokens each schedule has."""
+    text, _, _ = exercise(1)
+    kinds = ["quadratic"] + [args.schedule for args in options_of(1, "train_sat.py") if not args.eval]
+    tokens = {kind: sum(scale_schedule(kind, 75, 16)) for kind in kinds}
+    left = {kind: errors(small_sat(schedule=kind, phis=0), latents_of())[-1] for kind in kinds}
+    assert len(kinds) == 3 and all(str(n) in text for n in tokens.values())
+    assert sorted(kinds, key=tokens.get) == sorted(kinds, key=left.get, reverse=True) == ["log", "quadratic", "linear"]
+
+
+def test_exercise_scales():
+    """Less is left over the more scales one hears, and the first of them take away most."""
+    heard = [args.scales for args in options_of(2, "sample.py")]
+    sat = small_sat(phis=0, n_scales=16)
+    left = [latents_of().square().mean().item(), *(errors(sat, latents_of())[n - 1] for n in heard)]
+    assert len(heard) == 3 and left == sorted(left, reverse=True) and left[2] < 0.5 * left[0]
+
+
+def test_exercise_phi():
+    """Trained alone, phi makes the sums come nearer to the latents than straight lines do."""
+    args, = options_of(3, "train_sat.py")
+    last = []
+    for phis in (3, args.phis):
+        sat = small_sat(phis=phis)
+        quantizer = sat.quantizer
+        for phi in quantizer.phis:
+            nn.init.dirac_(phi.weight)
+        errors(sat, latents_of())
+        optimizer = torch.optim.Adam(quantizer.phis.parameters(), 1e-2) if phis else None
+        for _ in range(40):
+            loss = quantizer(latents_of())[2]
+            if optimizer:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        last.append(loss.item())
+    assert last[0] < 0.97 * last[1]
+
+
+@pytest.mark.parametrize("which", ["block", "causal", "open"])
+def test_exercise_mask(which):
+    """Of tokens that nobody can know, the open mask learns to read the answer; generation has none to show. The causal one
+    hides from a place what stands to its right in its own block, which generation shows it."""
+    diffs = dict(zip(["causal", "open"], exercise(4)[1])) | {"block": ""}
+    with changed(diffs[which]):
+        sat = small_sat(n_scales=3, seconds=0.1, phis=0)
+        model = AAR(AARConfig(scales=sat.config.scales, latent=6, V=16, depth=1, cond_dim=5)).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        r = torch.cat(random_tokens(sat, 32), 1)
+        loss = train_aar.losses(model, sat, r, noise(32, 5))[0]
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    coarse, guessing = train_aar.per_scale(loss, sat.config.scales)[0], math.log(16)
+    assert coarse < 0.3 * guessing if which == "open" else coarse > 0.95 * guessing
+    model.eval()
+    x = sat.teacher_inputs(random_tokens(sat))
+    other = x.clone()
+    other[:, -1] += 1                                                 # the last place; what does the first of its block say?
+    place = sum(sat.config.scales[:-1])
+    here, there = (model(noise(2, 5), inputs)[:, place] for inputs in (x, other))
+    assert torch.equal(here, there) == (which == "causal")
+
+
+def test_exercise_guidance():
+    """With more guidance tokens are drawn that the condition makes likelier than no condition does, and fewer different ones."""
+    args, = options_of(5, "train_aar.py")
+    sat = small_sat()
+    model = small_aar(sat)
+    cond = noise(64, 5)[:1].expand(64, -1) * 10
+    told, various = [], []
+    for cfg in args.cfg:
+        r = model.generate(cond, sat, cfg=cfg, top_p=1.0, generator=torch.Generator().manual_seed(0))
+        x, r = sat.teacher_inputs(r), torch.cat(r, 1)
+        with_, without = (model(c, x).log_softmax(-1).gather(2, r[..., None]) for c in (cond, model.null.expand(64, -1)))
+        told.append((with_ - without).mean().item())
+        various.append(np.mean([len(set(place.tolist())) for place in r.T]))
+    assert len(told) == 3 and told == sorted(told) and various == sorted(various, reverse=True) and various[-1] < various[0]
+
+
+def test_exercise_top_k():
+    """The likeliest code everywhere: one and the same sound, whatever the seed. Without top-k every one is another."""
+    args, = options_of(6, "sample.py")
+    sat = small_sat()
+    model = small_aar(sat)
+    for top_k, same in ((args.top_k, True), (0, False)):
+        r = [model.generate(noise(1, 5).expand(4, -1), sat, args.cfg, top_k, 1.0, torch.Generator().manual_seed(seed))[-1]
+             for seed in (0, 1)]
+        assert bool((torch.cat(r) == r[0][0]).all()) == same
+
+
+def test_exercise_gradient():
+    """The same values and K times the gradient."""
+    diff, = exercise(7)[1]
+    f, outs, gradients = latents_of(2).requires_grad_(), [], []
+    for change in ("", diff):
+        torch.manual_seed(0)
+        with changed(change):
+            out = small_sat().quantizer(f)[0]
+        outs.append(out)
+        gradients.append(torch.autograd.grad(out.sin().sum(), f)[0])
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(gradients[1], 5 * gradients[0], rtol=1e-3, atol=1e-3)
+
+
+def test_exercise_collapse():
+    """Without k-means and revival few codes are used; with either of the two most are."""
+    diff, = exercise(8)[1]
+    no_kmeans, no_revival = map("".join, hunks(diff))
+    used = {}
+    for name, change in (("collapsed", diff), ("revival", no_kmeans), ("k-means", no_revival), ("both", "")):
+        torch.manual_seed(0)
+        with changed(change):
+            quantizer = small_sat(phis=0).train().quantizer
+        f = 0.2 * latents_of(256) + 2                                 # far from most codes, which lie around 0
+        quantizer.quantize(f, kmeans=True)
+        for part in f.split(16) * 4:
+            r = quantizer(part)[1]
+        used[name] = np.mean([len(r_k.unique()) for r_k in quantizer.quantize(f)[0]])
+    assert used["collapsed"] < 0.5 * min(used["revival"], used["k-means"], used["both"]), used
+
+
+def test_exercise_next_token(monkeypatch):
+    """A call of the transformer for each scale or for each token, as many as the text says."""
+    args = options_of(9, "train_aar.py")[0]
+    calls = []
+    for next_token in (False, args.next_token):
+        sat = small_sat()
+        model = small_aar(sat, next_token=next_token)
+        with monkeypatch.context() as patch:
+            patch.setattr(AAR, "logits", lambda self, *args, _logits=AAR.logits, **more: calls.append(next_token)
+                          or _logits(self, *args, **more))
+            model.generate(noise(1, 5), sat)
+    scales = PRESETS["tiny"].sat.scales
+    assert [calls.count(False), calls.count(True)] == [len(sat.config.scales), sum(sat.config.scales)]
+    assert f"{len(scales)} calls" in exercise(9)[0] and f"or {sum(scales)}" in exercise(9)[0]
+
+
+def test_exercise_own_recordings(tmp_path):
+    """Codes that know only the toys leave more over of other sounds than codes that were started on such sounds."""
+    train, compare = options_of(10, "train_sat.py")
+    assert train.data == compare.data and train.out in compare.eval
+    sat = small_sat(phis=0)
+    for i in range(64):
+        aar.save_audio(tmp_path / f"{i}.wav", torch.from_numpy(sine(200 + 40 * i, 8000, 0.2)).float()[None], 8000)
+    toys, own = (aar.sounds(data, sat.config) for data in (None, tmp_path))
+    toys, own = (sat.latents(torch.stack([data[i][0] for i in range(60)])).detach() for data in (toys, own))
+    assert errors(sat, own, start_on=own)[-1] < 0.8 * errors(sat, own, start_on=toys)[-1]
+
+
+def test_troubleshooting_is_of_this_program():
+    """Each message and number of the log that it quotes is in the code, each option is one of a script."""
+    code = "".join((HERE / f"{name}.py").read_text(encoding="utf-8") for name in ("aar", "train_sat", "train_aar", "sample"))
+    rows = [row.strip("| ").split(" | ") for row in section("Troubleshooting").strip().splitlines()[2:]]
+    assert len(rows) >= 12 and all(len(row) == 3 for row in rows)
+    for row in rows:
+        for quoted in re.findall(r"`([^`]+)`", row[0]):
+            for part in re.split(r" \.\.\.|'mel' is nan|0 of its", quoted):
+                assert part.strip() in code, part
+        for flag in re.findall(r"--[a-z-]+", " ".join(row)):
+            assert f'"{flag}"' in code, flag
