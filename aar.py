@@ -652,6 +652,27 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
+class Prepared(nn.Module):
+    """A linear layer, and the GELU after it, for generation: weights in `fast_dtype`, on a CPU in its own order.
+
+    A CPU's matrix unit reads weights in an order of its own. It is made once here, not anew at each of the K scales.
+    """
+
+    def __init__(self, linear, gelu=False):
+        super().__init__()
+        dtype = fast_dtype(linear.weight.device)
+        self.bias, self.gelu, self.packed = linear.bias.to(dtype), gelu, linear.weight.is_cpu
+        reorder = torch.ops.mkldnn._reorder_linear_weight if self.packed else torch.Tensor.contiguous
+        self.weight = reorder(linear.weight.to(dtype))
+
+    def forward(self, x):
+        x, act = x.to(self.bias.dtype), ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *act)
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x, approximate="tanh") if self.gelu else x
+
+
 def block_mask(blocks):
     """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L).
 
@@ -732,6 +753,15 @@ class AAR(nn.Module):
         x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
         return self.logits(x, mods, head, self.mask)
 
+    @torch.no_grad()
+    def prepare(self):
+        """For generation only, from now on: see `Prepared`."""
+        for layer in self.layers:
+            attention, mlp = layer.attention, layer.mlp
+            attention.qkv, attention.proj = Prepared(attention.qkv), Prepared(attention.proj)
+            layer.mlp = nn.Sequential(Prepared(mlp[0], gelu=True), Prepared(mlp[2]))
+        return self
+
     @torch.inference_mode()
     def generate(self, cond, sat, cfg=3.0, top_k=0, top_p=0.8, generator=None):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
@@ -743,8 +773,9 @@ class AAR(nn.Module):
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])                  # both halves in one batch
         start, mods, head = self.condition(cond)
-        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64)      # keys, values: (B or 2 B, H, L, C/H)
-                  for _ in self.layers]
+        dtype = self.layers[0].attention.qkv.bias.dtype
+        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64, dtype=dtype)
+                  for _ in self.layers]                                        # keys, values: (B or 2 B, H, L, C/H)
         at, last = 0, None                                                     # places filled; codes drawn last, (B, n, D)
 
         def choose(k, f_hat):

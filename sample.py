@@ -5,21 +5,26 @@
     python sample.py --reconstruct *.wav           files of any length through the tokenizer
     python sample.py --fad sounds/ made/           Frechet distance of two folders of sounds
     python sample.py                               one new sound of each built-in toy kind, and how many are recognised
+    python sample.py --bench --preset paper        how fast each part is on this machine, with random weights
 
 Beside the sounds it writes index.html, a page to hear, see and compare them; the second half of this file makes it.
 """
 import argparse
 import base64
+import datetime
 import functools
+import gc
 import html
 import io
 import itertools
 import math
 import os
+import platform
 import re
 import shlex
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +41,8 @@ def arguments(argv=None):
     what.add_argument("--text", metavar="WORDS", nargs="+", help="what to make sounds of; each argument is a prompt")
     what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
     what.add_argument("--fad", metavar=("REFERENCE", "MADE"), nargs=2, help="measure how far the sounds of folder MADE are from REFERENCE")
+    what.add_argument("--bench", action="store_true", help="measure how fast each part is on this machine, with random weights")
+    p.add_argument("--preset", choices=aar.PRESETS, help="for --bench: which sizes (default: paper with CUDA, else tiny)")
     p.add_argument("--scales", type=int, metavar="K", help="let hear only the first K scales (default: all)")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2 (default: aar.pt)")
@@ -61,6 +68,8 @@ def main(argv=None):
         raise UserError("--ref and --text must not be empty")
     if args.fad:
         return compare_folders(args, device)
+    if args.bench:
+        return bench(args, device)
     sat = aar.load_sat(args.sat, device)
     config, K, out = sat.config, len(sat.config.scales), Path(args.out)
     aar.check_drawing(config.V, args.cfg, args.top_k, args.top_p)
@@ -124,6 +133,7 @@ def main(argv=None):
         return finish("Reconstructions", what)
 
     model, kind, clap = aar.load_aar(args.aar, sat, device)
+    model.prepare()
     embedder = aar.build_embedder(kind, config.sample_rate, args.clap, clap).to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
     step = "one token" if model.config.next_token else "one scale"
@@ -248,6 +258,146 @@ def toys(args, sat, embedder, generate, write, coarse_to_fine):
         write(f"toy-{kind}.variation-1.wav", y[i], kind, tokens[i])
         print(f"{kind}: nearest to {'the same kind' if nearest == kind else nearest}")
     print(f"{right} of {len(kinds)} generated sounds are nearest, by MFCC statistics, to the kind of their reference")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How fast: --bench
+# ---------------------------------------------------------------------------------------------------------------
+
+JOBS = ("encode", "decode", "stage 1 step, no discriminators", "stage 1 step", "stage 2 step", "next-scale generation",
+        "next-token generation")
+
+
+def job(name, preset, seconds, batch, device):
+    """A function that does once what --bench measures under this name: random weights, random sounds, windows of `seconds`."""
+    import train_aar                                                  # here, since both import this file
+    import train_sat
+    config = replace(preset.sat, seconds=seconds)
+    if name == "next-token generation":                               # Fig. 3: the tokens of residual VQ, 750 a second
+        config = replace(config, schedule="flat", n_scales=10, phis=0)
+    x = 0.1 * torch.randn(batch, 1, config.samples, device=device)
+    sat, discriminators, optimizers = train_sat.build(config, 1e-4, device)
+    if name.startswith("stage 1"):
+        mel_loss = aar.MelLoss(config.sample_rate).to(device)
+        return functools.partial(train_sat.train_step, sat, discriminators, optimizers, mel_loss, [x], adversarial=name == "stage 1 step")
+    sat.eval()
+    r = sat.encode(x)
+    if name in ("encode", "decode"):
+        return functools.partial(sat.encode, x) if name == "encode" else functools.partial(sat.decode, r)
+    config = replace(preset.aar, scales=config.scales, latent=config.latent, V=config.V, next_token=name == "next-token generation")
+    model, optimizers = train_aar.build(config, 1e-4, device)
+    cond = torch.nn.functional.normalize(torch.randn(batch, config.cond_dim, device=device), dim=-1)
+    if name == "stage 2 step":
+        weight = torch.ones(sum(config.scales), device=device)
+        return functools.partial(train_aar.train_step, model, sat, optimizers, weight, [(torch.cat(r, 1), cond)])
+    return functools.partial(model.eval().requires_grad_(False).prepare().generate, cond, sat)
+
+
+def flops(run):
+    """Floating-point operations of run() in matrix products and convolutions, two for each multiplication with its addition."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):      # attention as products that it knows
+        run()
+    return counter.get_total_flops()
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def measure(run, device):
+    """Seconds of run(): the shortest of several after a first, since others may use the machine; the first alone if it took 20."""
+    def once():
+        since = time.perf_counter()
+        run()
+        synchronize(device)
+        return time.perf_counter() - since
+    synchronize(device)
+    first = once()
+    return first if first > 20 else min(once() for _ in range(max(2, min(5, int(1 / first)))))
+
+
+def peak_memory(device, reset=False):
+    """The highest memory since the last reset, in bytes: of the GPU, or of this process where the system tells (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device) if reset else torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            return Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return math.nan
+
+
+def bench(args, device):
+    """Print a table of how fast this machine is at most and how fast each part of the program is on it."""
+    preset = aar.PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[1] if cpu else platform.machine()
+    fast = aar.fast_dtype(device)
+    n = 8192 if device.type == "cuda" else 2048
+    peaks = {}
+    print(f"{datetime.date.today()}, preset {args.preset or 'by default'}, {device} ({name}), {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, training steps and transformer in {str(fast)[6:]}, codec alone in float32\n")
+    print("| | s | GFLOP | GFLOP/s | of the peak | memory | window 2 s | 5 s | 10 s | batch 2 | 4 | 8 |\n| --- |" + " ---: |" * 11)
+
+    def row(name, *cells):
+        print("| " + " | ".join([name, *cells, *[""] * (11 - len(cells))]) + " |", flush=True)
+    for dtype in dict.fromkeys((torch.float32, fast)):
+        x = torch.randn(n, n, device=device).to(dtype)
+        seconds = measure(lambda: x @ x, device)
+        peaks[dtype] = 2 * n ** 3 / seconds
+        row(f"matrix product of {n}, {str(dtype)[6:]}", f"{seconds:.3g}", f"{2e-9 * n ** 3:.3g}", f"{1e-9 * peaks[dtype]:.3g}", "100%")
+    x = torch.empty(2 ** 28, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    seconds = measure(lambda: y.copy_(x), device)
+    row(f"copy of 256 MiB: {2e-9 * len(x) / seconds:.0f} GB/s", f"{seconds:.3g}")
+    del x, y
+
+    took = {}
+    for name in JOBS:
+        peak, grown = peaks[torch.float32 if name in ("encode", "decode") else fast], []
+        for seconds, batch in ((1, 1), (2, 1), (5, 1), (10, 1), (1, 2), (1, 4), (1, 8)):
+            if seconds * batch > 1 and (name == "next-token generation" or took[name] * seconds * batch > 60):
+                grown.append("")
+                continue
+            run = None                                                # what came before makes room
+            gc.collect()
+            peak_memory(device, reset=True)
+            run = job(name, preset, seconds, batch, device)
+            s = measure(run, device)
+            memory = f"{1e-6 * peak_memory(device):.0f} MB"
+            if seconds * batch == 1:
+                took[name] = s
+                work = flops(job(name, preset, seconds, batch, torch.device("meta")))
+                cells = [f"{s:.3g}", f"{1e-9 * work:.3g}", f"{1e-9 * work / s:.3g}", f"{work / s / peak:.0%}", memory]
+                if name == "next-scale generation":
+                    scales = milliseconds_per_step(run, device)
+            else:
+                grown.append(f"{s / took[name]:.1f}x, {memory}")
+        row(name, *cells, *grown)
+    ratio = took["next-token generation"] / took["next-scale generation"]
+    row(f"next-token / next-scale: {ratio:.1f}")
+    print("\nmilliseconds of each scale: " + " ".join(f"{x:.1f}" for x in scales) + "; growth: times of 1 s and batch 1; memory: peak of "
+          f"{'the GPU' if device.type == 'cuda' else 'the process'}; generation with guidance. Left out: what would take minutes; "
+          "in GFLOP, spectra.")
+
+
+def milliseconds_per_step(run, device):
+    """How long each step of run(), a generation, takes."""
+    times = []
+
+    def stamp(*_):
+        synchronize(device)
+        times.append(1e3 * time.perf_counter())
+    model = run.func.__self__
+    with model.input.register_forward_hook(stamp):                    # it opens each step but the first
+        stamp()
+        run()
+        stamp()
+    return np.diff(times)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -615,6 +615,18 @@ def test_cached_generation_equals_the_masked_pass(pair, cfg):
     assert (conditional - free).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 1e-5), (aar.fast_dtype(CPU), 0.03)])
+@torch.no_grad()
+def test_prepared_generation_equals_the_masked_pass(pair, dtype, far, monkeypatch):
+    """Prepared weights write the logits of the full forward pass of the others: in float32 the same, in bfloat16 nearly."""
+    sat, model = pair
+    cond, prepared = torch.randn(3, 5), copy.deepcopy(model)
+    monkeypatch.setattr(aar, "fast_dtype", lambda device: dtype)
+    tokens, _, wrote, _ = generate_and_spy(sat, prepared.prepare(), cond, cfg=0)
+    want = model(cond, sat.teacher_inputs(tokens, model.config.next_token))
+    assert (wrote - want).norm() < far * (want - want.mean(-1, keepdim=True)).norm()
+
+
 def test_likeliest_codes(pair):
     """top_k=1 takes at each place the likeliest code, given those before; a vanishing guidance is none."""
     sat, model = pair
@@ -2047,6 +2059,35 @@ def test_sample_reconstructs_files_of_any_length(trained, tmp_path):
         found = waves(tmp_path / scales)
         assert {name: len(found[f"{name}.reconstruction-{scales}-of-16-scales.wav"][0]) for name in lengths} == lengths
     assert not np.allclose(waves(tmp_path / "16")["e.reconstruction-16-of-16-scales.wav"][0], found["e.reconstruction-3-of-16-scales.wav"][0], atol=1e-3)
+
+
+def test_flops_are_those_of_the_formula():
+    """Two for each number of a weight and each row of a linear layer; attention is two matrix products."""
+    layer, x, q = nn.Linear(5, 7), torch.randn(2, 3, 5), torch.randn(2, 4, 6, 8)
+    assert sample.flops(lambda: layer(x)) == 2 * 2 * 3 * 5 * 7
+    assert sample.flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * (2 * 2 * 4 * 6 * 6 * 8)
+    with torch.inference_mode():
+        assert sample.flops(lambda: layer(x)) == 2 * 2 * 3 * 5 * 7
+
+
+def test_bench(monkeypatch, capsys):
+    """The numbers of the table belong together: seconds, GFLOP and GFLOP/s of each line, the ratio, a time for each scale."""
+    config = small_sat(sample_rate=2000, seconds=1.0, strides=(5, 5, 10), n_scales=3).config          # 8 frames a second
+    tiny = dataclasses.replace(PRESETS["tiny"], sat=config, aar=AARConfig(depth=1, cond_dim=5))
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    sample.main(["--bench", "--preset", "tiny", "--device", "cpu"])
+    text = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+                                               if line.startswith("|"))}
+    assert len({len(cells) for cells in rows.values()}) == 1
+    for name in sample.JOBS:
+        s, work, speed = map(float, rows[name][:3])
+        assert speed == pytest.approx(work / s, rel=0.02) and rows[name][3].endswith("%")
+        assert [bool(cell) for cell in rows[name][5:]] == [name != "next-token generation"] * 6
+    ratio = next(float(name.split()[-1]) for name in rows if name.startswith("next-token / next-scale: "))
+    assert ratio == pytest.approx(float(rows["next-token generation"][0]) / float(rows["next-scale generation"][0]), rel=0.02, abs=0.1)
+    scales = re.search("of each scale: ([^;]*);", text)[1]
+    assert len(scales.split()) == 3 and min(map(float, scales.split())) > 0
 
 
 def test_sample_overwrites_no_reconstruction(trained, tmp_path):
