@@ -72,7 +72,7 @@ def main(argv=None):
     except OSError as e:
         raise UserError(f"--out {out}: cannot make this folder ({e.strerror})")
     index = out / "index.html"
-    if index.exists() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace"):
+    if os.path.lexists(index) and not (index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")):
         raise UserError(f"{index} exists and is not a page of this program: give another --out")
     written, sections, left_out = set(), {}, []                       # sections of the page: {heading: figures}
 
@@ -194,7 +194,7 @@ def compare_folders(args, device):
     embedder = aar.build_embedder("clap" if args.clap else "mel", rate, args.clap).to(device)
 
     def load(folder, seconds):
-        if not Path(folder).is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"--fad {folder}: no such folder")
         for path in sorted(Path(folder).rglob("*")):
             if path.suffix.lower() in aar.SoundFolder.SUFFIXES and ".reference" not in path.suffixes:
