@@ -846,7 +846,7 @@ GET_CLAP = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_
 
 def clap_tensors(path):
     """Tensors of a laion-clap checkpoint file as {name: tensor}, on the CPU. Raises UserError if the file is none."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):                                      # Path's own raises for a name that is too long
         raise UserError(f"no CLAP checkpoint at {path}: {GET_CLAP}")
     # weights_only=True runs no code from the file. The published files hold numpy scalars (numpy 2 renamed core to _core).
     scalar = np.float64(0).__reduce__()[0]
@@ -1029,8 +1029,8 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
     Raises UserError for what is not a readable sound.
     """
     import soundfile
-    if not Path(path).is_file():
-        raise UserError(f"{path}: {'a folder, not a sound file' if Path(path).is_dir() else 'no such file'}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'a folder, not a sound file' if os.path.isdir(path) else 'no such file'}")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -1252,7 +1252,7 @@ def save(path, state):
     """
     if rank() > 0:
         return
-    path = Path(path).resolve()                                       # a link stays a link
+    path = Path(os.path.realpath(path))                               # a link stays a link
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as file:
@@ -1293,14 +1293,19 @@ def reading(path, kind):
                         f"make one with: python {MAKER[kind]}") from e
 
 
+def load(path):
+    """What `save` wrote, onto the CPU; no code in it is run. Raises nearly anything if it is damaged."""
+    if zipfile.ZipFile(path).testzip():                               # torch does not look at the checksums
+        raise OSError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("sat" or "aar") onto the CPU. Raises UserError if it is none."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; make one with: python {MAKER[kind]} --out {path}")
     with reading(path, kind):
-        if zipfile.ZipFile(path).testzip():                           # torch does not look at the checksums
-            raise OSError("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
         seen, version = dict(state)["kind"], state["version"]
         if seen != kind:
             raise UserError(f"{path}: a checkpoint of {MAKER[seen]}, wanted one of {MAKER[kind]}: are the two swapped?")
@@ -1316,9 +1321,11 @@ def begin(args, kind, config, plan, parts, **run):
     checkpoint or go on with other settings.
     """
     path = Path(args.out)
-    tmp = Path(f"{path.resolve()}.tmp")
-    if path.suffix in (".wav", ".html"):
-        raise UserError(f"--out {path}: sounds and a page are written beside the checkpoint; name it {path.stem}.pt")
+    tmp = Path(os.path.realpath(path) + ".tmp")
+    if os.path.isdir(path):
+        raise UserError(f"--out {path}: a folder; give a file in it, such as {path / kind}.pt")
+    if path.name.endswith((".wav", ".html", ".training.pt", ".validation.pt", ".lock", ".tmp")):
+        raise UserError(f"--out {path}: files of such names are written beside a checkpoint; name it {kind}.pt, say")
     for old in () if args.resume else (path, path.with_suffix(".wav"), path.with_suffix(".html")):
         if os.path.exists(old):
             raise UserError(f"{old} exists: add --resume to go on with {path}, or give another --out")
@@ -1348,6 +1355,28 @@ def begin(args, kind, config, plan, parts, **run):
     if state["step"] == plan.steps:
         print(f"{path} is finished: all of its {plan.steps} steps are done")
     return state["step"], state["history"]
+
+
+@contextlib.contextmanager
+def alone(out):
+    """Inside, no other run on this machine writes the checkpoint `out`. Raises UserError if one does already."""
+    lock, file = os.path.realpath(out) + ".lock", None
+    if rank() == 0:
+        try:
+            import fcntl                                              # Windows has none: there nobody is kept out
+            file = open(lock, "w")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)          # ends with the process, however that ends
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another run is writing it; wait for its end, or give another --out")
+        except (ImportError, OSError):                                # a file system without locks; `begin` sees the rest
+            pass
+    try:
+        yield
+    finally:
+        if file:
+            with contextlib.suppress(OSError):
+                os.unlink(lock)
+            file.close()
 
 
 def load_sat(path, device="cpu"):
@@ -1590,6 +1619,7 @@ def command_line(main):
             sys.stdout = open(os.devnull, "w")
     try:
         main()
+        sys.stdout.flush()                                            # while a reader that has gone can still be told
         if dist.is_initialized():                                     # else its threads may abort the exit
             dist.destroy_process_group()
         return
@@ -1604,5 +1634,7 @@ def command_line(main):
         if isinstance(e, RuntimeError) and not re.search(r"out of memory|allocate memory|shared memory|worker \(pid", str(e)):
             raise
         message = "not enough memory: give a smaller --batch, a smaller --preset or shorter files"
-    print("error:", message, file=sys.stderr)
+    except OSError as e:                                              # a full disk, say, or nobody who reads what is printed
+        sys.stdout, message = open(os.devnull, "w"), str(e)
+    print("error:", re.sub(r"\s*\n\s*", " ", message), file=sys.stderr)      # a file's name may have several lines
     sys.exit(2)

@@ -942,9 +942,10 @@ def test_resumed_equals_uninterrupted(stage, owner, name, tmp_path, monkeypatch,
         interrupt(patch, owner, name, 3)
         small_training(stage, stopped, wav_folder)
     assert aar.load_checkpoint(stopped, stage)["step"] in (2, 3)
-    if name == "learning_rate":                                       # tokens that were kept may get lost
+    if name == "learning_rate":                                       # tokens that were kept may get damaged
         for path in tmp_path.glob("stopped.*.pt"):
-            path.unlink()
+            content = path.read_bytes()
+            path.write_bytes(content[:600] + bytes(255 - b for b in content[600:1200]) + content[1200:])
     small_training(stage, stopped, wav_folder, "--resume")
     assert aar.load_checkpoint(stopped, stage)["step"] == 4
     assert not [path for path in differences(one, stopped) if not path.startswith(".history")]
@@ -952,7 +953,7 @@ def test_resumed_equals_uninterrupted(stage, owner, name, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("stage", ["sat", "aar"])
 def test_killed_at_any_moment(stage, tmp_path, wav_folder):
-    """Killed at 10 random moments in each stage, each time the last checkpoint is whole, and goes on to what one run makes, to the bit."""
+    """Killed at random moments, 20 in both stages, the last checkpoint is whole, and goes on to what one run makes, to the bit."""
     one, killed, plan = tmp_path / "one-go.pt", tmp_path / "killed.pt", {"steps": 6, "adversarial_at": 0.6}
 
     def start(out):
@@ -1164,6 +1165,27 @@ def test_training_on_a_full_disk(stage, tmp_path, wav_folder, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_one_run_at_a_time_writes_a_checkpoint(tmp_path):
+    """A second one is refused, also by way of a link, until the first ends, however it ends; nothing is left behind."""
+    out, link, (read, write) = tmp_path / "sat.pt", tmp_path / "link.pt", os.pipe()
+    link.symlink_to(out.name)
+    if (pid := os.fork()) == 0:
+        with aar.alone(out):
+            os.write(write, b"begun")
+            signal.pause()
+    try:
+        assert os.read(read, 5) == b"begun"
+        for path in (out, link):
+            with pytest.raises(UserError, match="another run"), aar.alone(path):
+                pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with aar.alone(link), aar.alone(tmp_path / "other.pt"):
+        pass
+    assert list(tmp_path.iterdir()) == [link]
+
+
 def test_no_room_is_known_before_training(tmp_path, monkeypatch):
     """A disk without room for two checkpoints, a folder that is none or cannot be written into: said at once."""
     usage = shutil.disk_usage(tmp_path)
@@ -1245,7 +1267,8 @@ def test_load_audio_looks_into_the_file(tmp_path, format):
     """A sound under the name of another format is read, and an offset of its samples is left alone."""
     x = 0.3 + sine(500, 24000)
     soundfile.write(tmp_path / "x.wav", x, 24000, format=format)
-    torch.testing.assert_close(load_audio(tmp_path / "x.wav", 24000)[0], torch.from_numpy(x).float(), rtol=0, atol=0.04)
+    apart = load_audio(tmp_path / "x.wav", 24000)[0] - torch.from_numpy(x).float()
+    assert apart.abs().max() < (0.04 if format == "OGG" else 1e-4) and apart.mean().abs() < 2e-3     # Vorbis adds some noise
 
 
 def test_load_audio_averages_the_channels(tmp_path):
@@ -1650,6 +1673,11 @@ def test_damaged_checkpoints(tmp_path):
             assert str(e).startswith(f"{bad}: ") and "\n" not in str(e)
             refused += 1
     assert refused > 100
+    for i in range(60):                                               # nothing of a checkpoint but, perhaps, its beginning
+        bad.write_bytes((b"", b"PK\3\4", b"\x80\2", good[:data])[i % 4] + rng.randbytes(rng.choice((1, 50, 5000))))
+        for load in (aar.load_sat, lambda path: CLAP(path, 8000)):
+            with pytest.raises(UserError, match=re.escape(str(bad))):
+                load(bad)
 
 
 @pytest.mark.parametrize("stage", ["sat", "aar"])
@@ -1987,7 +2015,7 @@ sys.modules.update(laion_clap=None, transformers=None, torchvision=None)
     def run(script, *args, code=0):
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, str(HERE / script), "--device", "cpu", *map(str, args)], env=environment, cwd=folder,
-                              capture_output=True, text=True, timeout=300)
+                              capture_output=True, text=True, timeout=900)
         assert done.returncode == code, done.stdout + done.stderr
         return done
     return run
@@ -2295,16 +2323,22 @@ def test_user_errors_end_in_one_line(run, script, args):
     (sample.main, "{both} --seed 99999999999999999999"), (sample.main, "{both} --ref {tmp}"), (sample.main, "{both} --reconstruct {tmp}"),
     (sample.main, "{both} --scales 17"), (sample.main, "{both} --ref {wav} --scales 0"), (sample.main, "{both} --ref="),
     (sample.main, "{both} --text="), (sample.main, "--fad {tmp} {tmp} --seed 99999999999999999999"),
-    (train_sat.main, "--rvq --seconds 0.05"), (train_sat.main, "--rvq 0"), (train_aar.main, "--sat {sat} --eval {aar} --cfg inf"),
+    (train_sat.main, "--rvq --seconds 0.05"), (train_sat.main, "--rvq 0"), (train_sat.main, "--rvq 100000000"),
+    (train_sat.main, "--phis -1"), (train_sat.main, "--phis 17"), (train_sat.main, "--out {tmp}"), (train_sat.main, "--out="),
+    (train_sat.main, "--out {tmp}/x.training.pt"), (train_sat.main, "--out {long}"), (train_sat.main, "--data {loop}"),
+    (train_aar.main, "--sat {sat} --embedder clap --clap {long}"), (sample.main, "{both} --ref {long}"), (sample.main, "--fad {loop} {tmp}"),
+    (sample.main, "{both} --out {loop}"), (train_aar.main, "--sat {sat} --eval {aar} --cfg inf"),
     (train_aar.main, "--sat {sat} --eval {aar} --top-k 257"), (train_aar.main, "--sat {sat} --eval {aar} --seed -1"),
     (train_sat.main, "--eval opus:loud"), (train_sat.main, "--eval {tmp}")],
     ids=lambda x: x if isinstance(x, str) else x.__module__)
 def test_user_errors(main, args, trained, wav_folder, tmp_path, monkeypatch):
     """Options that make no sense, and files that are absent or of another kind, are the user's error; nothing is written."""
     monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
     before = [Path(path).read_bytes() for path in trained[1::2]]
     names = {"{both}": trained, "{sat}": trained[1:2], "{aar}": trained[3:], "{wav}": [str(wav_folder / "700.wav")],
-             "{wav-like}": [str(wav_folder / "700.pt")]}              # beside it lies a sound of the same name
+             "{wav-like}": [str(wav_folder / "700.pt")],              # beside it lies a sound of the same name
+             "{loop}": ["loop"], "{long}": [260 * "x"]}
     args = [x for word in args.split() for x in names.get(word, [word.replace("{tmp}", str(tmp_path))])]
     with pytest.raises(UserError) as error:
         main(["--device", "cpu", *args] if "--device" not in args else args)
@@ -2317,7 +2351,8 @@ def test_user_errors(main, args, trained, wav_folder, tmp_path, monkeypatch):
     (MemoryError(), "error: not enough memory"), (RuntimeError("CUDA out of memory. Tried to allocate"), "error: not enough memory"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: not enough memory"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "error: not enough memory"),
-    (RuntimeError("a fault of ours"), None), (UserError("Caught UserError in ...\nTraceback\naar.UserError: mend it\n"), "error: mend it\n")],
+    (RuntimeError("a fault of ours"), None), (OSError(28, "No space left on device"), "error: [Errno 28] No space left"),
+    (BrokenPipeError(32, "Broken pipe"), "error: [Errno 32] Broken"), (UserError("new\nline.wav: no"), "error: new line.wav: no\n"), (UserError("Caught UserError in ...\nTraceback\naar.UserError: mend it\n"), "error: mend it\n")],
     ids=lambda x: repr(x)[:30])
 def test_errors_at_the_command_line(error, line, capsys):
     """Too little memory, wherever it is missed, ends in one line too; a fault of the program keeps its traceback; what is no
@@ -2567,6 +2602,10 @@ def test_a_page_of_others_is_not_overwritten(pages, tmp_path):
         sample.main(args)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["<h1>mine</h1>"]
     index.unlink()
+    index.mkdir()
+    with pytest.raises(UserError, match="--out"):
+        sample.main(args)
+    index.rmdir()
     for scales in "12":
         sample.main([*args, "--scales", scales])
         assert f"first {scales} of 5 scales" in index.read_text(encoding="utf-8")

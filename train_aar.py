@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def main(argv=None):
     embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
     config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
                                  cond_dim=embedder.dim, next_token=args.next_token)
-    train(args, sat, embedder, config, plan, device)
+    with aar.alone(args.out):
+        train(args, sat, embedder, config, plan, device)
 
 
 def build(config, lr, device):
@@ -72,7 +74,7 @@ def train(args, sat, embedder, config, plan, device):
     torch.manual_seed(args.seed)
     model, optimizers = build(config, plan.lr, device)
     parts = {"aar": model} | optimizers
-    run = {"seed": args.seed, "data": args.data and Path(args.data).resolve().name, "sat": aar.fingerprint(sat),
+    run = {"seed": args.seed, "data": args.data and os.path.basename(os.path.realpath(args.data)), "sat": aar.fingerprint(sat),
            "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
     start, history = aar.begin(args, "aar", config, plan, parts, **run)
     if start == plan.steps:
@@ -251,10 +253,10 @@ def tokenize(args, sat, embedder, data, n, name):
     key = hashlib.sha1(key.encode()).hexdigest()
     if cache.is_file():
         try:
-            state = torch.load(cache, weights_only=True)
+            state = aar.load(cache)
             if state["key"] == key:
                 return state["tokens"], state["cond"]
-        except Exception:                                             # truncated or foreign: made anew
+        except Exception:                                             # damaged or foreign: made anew
             pass
     device, tokens, cond = next(sat.parameters()).device, [], []
     clips = aar.share([i % n for i in range(n + -n % aar.world())])   # as many for each process

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import io
 import math
+import os
 from pathlib import Path
 
 import soundfile
@@ -59,7 +60,11 @@ def main(argv=None):
         config = dataclasses.replace(config, phis=args.phis)
     if args.rvq is not None:
         config = dataclasses.replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    train(args, config, plan, device)
+    if not 1 <= config.n_scales <= 1000 or not 0 <= config.phis <= config.n_scales:
+        raise UserError(f"--rvq must be 1 to 1000, --phis 0 to {config.n_scales} (the number of scales); "
+                        f"got {config.n_scales}, {config.phis}")
+    with aar.alone(args.out):
+        train(args, config, plan, device)
 
 
 def build(config, lr, device):
@@ -79,7 +84,7 @@ def train(args, config, plan, device):
     sat, discriminators, optimizers = build(config, plan.lr, device)
     sat.quantizer.parts = args.accumulate
     parts = {"sat": sat, "discriminators": discriminators} | optimizers
-    run = {"seed": args.seed, "data": args.data and Path(args.data).resolve().name}
+    run = {"seed": args.seed, "data": args.data and os.path.basename(os.path.realpath(args.data))}
     start, history = aar.begin(args, "sat", config, plan, parts, **run)
     if start == plan.steps:
         return
