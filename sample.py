@@ -333,13 +333,14 @@ def peak_memory(device, reset=False):
 
 def bench(args, device):
     """Print a table of how fast this machine is at most and how fast each part of the program is on it."""
-    preset = aar.PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
+    size = args.preset or ("paper" if device.type == "cuda" else "tiny")
+    preset = aar.PRESETS[size]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[1] if cpu else platform.machine()
     fast = aar.fast_dtype(device)
     n = 8192 if device.type == "cuda" else 2048
     peaks = {}
-    print(f"{datetime.date.today()}, preset {args.preset or 'by default'}, {device} ({name}), {torch.get_num_threads()} threads, "
+    print(f"{datetime.date.today()}, preset {size}, {device} ({name}), {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, training steps and transformer in {str(fast)[6:]}, codec alone in float32\n")
     print("| | s | GFLOP | GFLOP/s | of the peak | memory | window 2 s | 5 s | 10 s | batch 2 | 4 | 8 |\n| --- |" + " ---: |" * 11)
 
