@@ -779,6 +779,23 @@ def test_muon_moves_all_directions_equally():
     assert torch.equal(idle.weight, aar.Phi(4).weight)               # no gradient, no step
 
 
+@pytest.mark.parametrize("dtype, far", [(torch.bfloat16, 1e-6), (torch.float32, 0.02)])
+def test_muon_equals_torch_s(dtype, far, monkeypatch):
+    """Three steps move tall, wide and square weights as torch.optim.Muon does, which knows bfloat16 only."""
+    monkeypatch.setattr(aar, "fast_dtype", lambda device: dtype)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((12, 5), (5, 12), (7, 7))]
+    start, others = copy.deepcopy(ours), copy.deepcopy(ours)
+    optimizers = aar.Muon(ours, 0.1), torch.optim.Muon(others, 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, others):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, c in zip(ours, others, start):
+        assert (a - b).norm() <= far * (b - c).norm()
+
+
 def test_each_player_learns_from_its_own_loss(tmp_path, monkeypatch):
     """The step of stage 1 gives generator and discriminators the gradients of separate, naive passes, each of its own."""
     made, first, gradients, clip = {}, {}, [], nn.utils.clip_grad_norm_
