@@ -1575,6 +1575,14 @@ class Stop:
         return gather(torch.tensor([int(self.here)])).any()
 
 
+def check_finite(step, name, value, where="on held-back clips"):
+    """Raises UserError if a number, or one of a list or tensor, is not finite."""
+    value = torch.as_tensor(value, dtype=torch.float32)
+    if not value.isfinite().all():
+        raise UserError(f"step {step}: {name} is {value[~value.isfinite()][0]:g} {where}; the last checkpoint, if there is one, "
+                        "is kept; start another run with a smaller --lr")
+
+
 class Log:
     """Means of the loss parts between two lines of the log. Reads the device every ten steps only."""
 
@@ -1605,9 +1613,7 @@ class Log:
             values = torch.stack(list(losses.values()))
             average([values])
             for part, value in zip(losses, values.tolist()):
-                if not math.isfinite(value):
-                    raise UserError(f"step {step}: loss part {part!r} is {value} on {', '.join(names)}; the last checkpoint "
-                                    "is kept; make a new run with a smaller --lr")
+                check_finite(step, f"loss part {part!r}", value, f"on {', '.join(names)}")
                 self.sums[part] = self.sums.get(part, 0.0) + value
             self.bar.set_postfix({part: f"{value:.3f}" for part, value in zip(losses, values.tolist())}, refresh=False)
         self.pending.clear()

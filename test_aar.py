@@ -1156,6 +1156,19 @@ def test_stops_at_a_loss_that_is_not_finite(stage, name, tmp_path, wav_folder, m
     assert state["step"] == 5 and all(x.isfinite().all() for _, x in leaves(state["parts"]) if torch.is_tensor(x))
 
 
+@pytest.mark.parametrize("stage", ["sat", "aar"])
+def test_a_model_broken_by_its_step_is_not_kept(stage, tmp_path, wav_folder):
+    """A learning rate of 100 ends in one line that tells where; if a checkpoint was written, it is whole and can be drawn from."""
+    out = tmp_path / "wild.pt"
+    for quantize_at in (0, 1):
+        with pytest.raises(UserError, match=r"step \d: .* is (nan|inf) on .*smaller --lr"):
+            small_training(stage, out, wav_folder, lr=100.0, warm_up=0.0, steps=40, quantize_at=quantize_at)
+        state = aar.load_checkpoint(out, stage) if out.exists() else {"parts": {}}
+        assert all(x.isfinite().all() for _, x in leaves(state["parts"]) if torch.is_tensor(x))
+        for path in tmp_path.glob("wild.*"):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def full_disk(size):
     """Inside, no file can become longer than `size` bytes."""

@@ -106,9 +106,12 @@ def train(args, sat, embedder, config, plan, device):
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
             log.flush()                                               # a broken loss stops here, before it is drawn from
+            scores = validate(model, sat, *held)
+            for name, value in scores.items():                        # nor is one kept that this step has broken
+                aar.check_finite(step, name, value)
             heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
             y = listen(model, sat, held[1][:len(heard)])
-            log.write(step + 1, y, **validate(model, sat, *held))
+            log.write(step + 1, y, **scores)
             aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
             with aar.spare():
                 aar.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, sat.config.sample_rate)

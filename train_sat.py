@@ -114,11 +114,15 @@ def train(args, config, plan, device):
         log.add(step, names, **losses)
 
         if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
+            log.flush()                                               # a broken loss is named before what follows from it
             heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
             with torch.no_grad():                                     # before the codebooks start, without them
                 y = (sat.decode(sat.encode(heard.to(device))) if step >= quantize_at
                      else sat.decoder(sat.latents(heard.to(device))))
-            log.write(step + 1, **({} if step < quantize_at else evaluate(sat, held_back) | {"sounds": y[:4]}))
+            scores = {} if step < quantize_at else evaluate(sat, held_back)
+            for name, value in {"the sound": y, **scores}.items():        # a tokenizer broken by this step is not kept
+                aar.check_finite(step, name, value)
+            log.write(step + 1, y[:4] if scores else None, **scores)
             aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, **run)
             with aar.spare():
                 aar.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, config.sample_rate)
