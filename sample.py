@@ -11,6 +11,7 @@ Beside the sounds it writes index.html, a page to hear, see and compare them; th
 """
 import argparse
 import base64
+import ctypes
 import datetime
 import functools
 import gc
@@ -320,14 +321,17 @@ def measure(run, device):
 
 
 def peak_memory(device, reset=False):
-    """The highest memory since the last reset, in bytes: of the GPU, or of this process where the system tells (Linux)."""
+    """The highest memory so far or, with `reset`, from now on, in bytes: of the GPU, or of this process where Linux tells."""
     if device.type == "cuda":
-        return torch.cuda.reset_peak_memory_stats(device) if reset else torch.cuda.max_memory_allocated(device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     try:
         if reset:
-            return Path("/proc/self/clear_refs").write_text("5")
+            ctypes.CDLL(None).malloc_trim(0)                          # what is free goes back to the system
+            Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    except OSError:
+    except (OSError, AttributeError, TypeError):
         return math.nan
 
 
@@ -366,10 +370,10 @@ def bench(args, device):
                 continue
             run = None                                                # what came before makes room
             gc.collect()
-            peak_memory(device, reset=True)
+            before = peak_memory(device, reset=True)
             run = job(name, preset, seconds, batch, device)
             s = measure(run, device)
-            memory = f"{1e-6 * peak_memory(device):.0f} MB"
+            memory = f"{1e-6 * (peak_memory(device) - before):.0f} MB"
             if seconds * batch == 1:
                 took[name] = s
                 work = flops(job(name, preset, seconds, batch, torch.device("meta")))
@@ -381,9 +385,9 @@ def bench(args, device):
         row(name, *cells, *grown)
     ratio = took["next-token generation"] / took["next-scale generation"]
     row(f"next-token / next-scale: {ratio:.1f}")
-    print("\nmilliseconds of each scale: " + " ".join(f"{x:.1f}" for x in scales) + "; growth: times of 1 s and batch 1; memory: peak of "
-          f"{'the GPU' if device.type == 'cuda' else 'the process'}; generation with guidance. Left out: what would take minutes; "
-          "in GFLOP, spectra.")
+    print("\nmilliseconds of each scale: " + " ".join(f"{x:.1f}" for x in scales) + "; growth: times of 1 s and batch 1; memory: "
+          "peak, weights included, above what the process held before; generation with guidance. Left out: what would take "
+          "minutes; in GFLOP, spectra.")
 
 
 def milliseconds_per_step(run, device):

@@ -2663,7 +2663,7 @@ class Browser:
             [binary, "--headless", "--no-sandbox", "--remote-debugging-pipe", "--autoplay-policy=no-user-gesture-required",
              "--mute-audio", f"--user-data-dir={profile}"], preexec_fn=pipes, close_fds=False, stderr=subprocess.DEVNULL)
         os.close(read), os.close(write)
-        self.timer = threading.Timer(300, self.process.kill)          # so that nothing waits for ever
+        self.timer = threading.Timer(900, self.process.kill)          # so that nothing waits for ever
         self.timer.start()
         self.session, self.ids, self.rest, self.events = {}, itertools.count(1), b"", []
         target = self("Target.createTarget", url="about:blank")["targetId"]
