@@ -309,7 +309,7 @@ def synchronize(device):
 
 
 def measure(run, device):
-    """Seconds of run(): the shortest of several after a first, since others may use the machine; the first alone if it took 20."""
+    """Seconds of run(): the shortest of three after a first, since others may use the machine; the first alone if it took 20."""
     def once():
         since = time.perf_counter()
         run()
@@ -317,7 +317,7 @@ def measure(run, device):
         return time.perf_counter() - since
     synchronize(device)
     first = once()
-    return first if first > 20 else min(once() for _ in range(max(2, min(5, int(1 / first)))))
+    return first if first > 20 else min(once() for _ in range(3))
 
 
 def peak_memory(device, reset=False):
