@@ -978,6 +978,7 @@ def test_killed_at_any_moment(stage, tmp_path, wav_folder):
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
+            aar.tqdm.set_lock(threading.RLock())                      # the usual one is shared with those killed while they held it
             try:
                 small_training(stage, out, wav_folder, *["--resume"] * out.exists(), **plan)
                 os._exit(0)
