@@ -749,9 +749,7 @@ def small_plan(**changes):
 
 def options(out, *more):
     """The command line options that both training loops read."""
-    args = train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
-    args.compile = False
-    return args
+    return train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
 
 
 def test_learning_rate():
