@@ -2232,6 +2232,7 @@ def test_evaluation_of_a_generator(tmp_path, capsys):
     model = small_aar(sat, cond_dim=512)
     save(tmp_path / "sat.pt", "sat", sat)
     save(tmp_path / "aar.pt", "aar", model, sat=aar.fingerprint(sat), embedder="mel", clap=aar.fingerprint(embedder))
+    model.prepare()
     before = set(tmp_path.iterdir())
     train_aar.main(["--device", "cpu", "--data", str(tmp_path / "wavs"), "--sat", str(tmp_path / "sat.pt"), "--eval", str(tmp_path / "aar.pt"),
                     "--cfg", "0", "2", "--top-k", "1", "0"])

@@ -65,8 +65,8 @@ def build(config, lr, device):
     model = AAR(config).to(device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    return model, {"muon": aar.Muon(matrices, lr),
-                   "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)}
+    return model, {"muon": aar.Muon(matrices, lr), "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0,
+                                                                                  fused=device.type != "meta")}
 
 
 def train(args, sat, embedder, config, plan, device):
@@ -205,6 +205,7 @@ def evaluate(args, device):
     for setting in settings:
         aar.check_drawing(sat.config.V, *setting)
     model, kind, trained_with = aar.load_aar(args.eval, sat, device)
+    model.prepare()
     embedder = aar.build_embedder(kind, sat.config.sample_rate, args.clap, trained_with).to(device)
     data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
     n = min(len(held_back), 1000)

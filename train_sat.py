@@ -72,10 +72,9 @@ def build(config, lr, device):
     sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
     matrices = [p for p in sat.parameters() if p.numel() > len(p)]
     lengths = [p for p in sat.parameters() if p.numel() == len(p)]    # of weight norm
-    return sat, discriminators, {
-        "muon": aar.Muon(matrices, lr),
-        "optimizer": torch.optim.AdamW(lengths, betas=(0.8, 0.99), weight_decay=0.01),
-        "d_optimizer": torch.optim.AdamW(discriminators.parameters(), betas=(0.8, 0.99), weight_decay=0.01)}
+    how = {"betas": (0.8, 0.99), "weight_decay": 0.01, "fused": device.type != "meta"}
+    return sat, discriminators, {"muon": aar.Muon(matrices, lr), "optimizer": torch.optim.AdamW(lengths, **how),
+                                 "d_optimizer": torch.optim.AdamW(discriminators.parameters(), **how)}
 
 
 def train(args, config, plan, device):
