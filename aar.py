@@ -122,10 +122,10 @@ class Preset:
 PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
                    AARConfig(depth=3, V=256, latent=32),
-                   TrainConfig(steps=3000, batch=4, lr=3e-3, adversarial_at=0.9),
+                   TrainConfig(steps=3000, batch=8, lr=3e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=3e-3, crops=4000)),
     "small": Preset(SATConfig(width=16, lstm=0, V=1024, disc_width=8), AARConfig(depth=6),
-                    TrainConfig(steps=6000, batch=4, lr=3e-3, adversarial_at=0.9),
+                    TrainConfig(steps=6000, batch=8, lr=3e-3, adversarial_at=0.9),
                     TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
@@ -1468,28 +1468,29 @@ def learning_rate(step, plan: TrainConfig):
 
 
 def orthogonal(G):
-    """Newton-Schulz: matrix G = U S V^T (m, n) -> about U V^T, all singular values near 1, with Muon's five rounds and numbers.
+    """Newton-Schulz: matrices G = U S V^T (..., m, n) -> about U V^T, all singular values near 1, in Muon's five rounds.
 
     As torch.optim.Muon does it in bfloat16, but in float32 where bfloat16 is not fast: on a CPU without it that is 17 times as fast.
     """
-    X = G.T if len(G) > G.shape[1] else G
-    X = X.to(fast_dtype(G.device))
-    X = X / X.norm().clamp(min=1e-7)
+    tall = G.shape[-2] > G.shape[-1]
+    X = (G.mT if tall else G).to(fast_dtype(G.device))
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X.T if len(G) > G.shape[1] else X
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return X.mT if tall else X
 
 
 class Muon(torch.optim.Muon):
-    """Muon (Jordan et al. 2024) for weights of any shape, each taken as a matrix (rows, the rest).
+    """Muon (Jordan et al. 2024) for weights of any shape, each taken as a matrix (rows, the rest) or, with `rows`, as
+    matrices of so many rows one below the other.
 
     It makes all singular values of an update equal, so that quiet directions learn as fast as loud ones. The update of a
     matrix has the size that AdamW's would have: both can share one learning rate.
     """
 
-    def __init__(self, weights, lr):
-        self.weights = list(weights)
+    def __init__(self, weights, lr, rows=None):
+        self.weights, self.rows = list(weights), rows
         matrices = [nn.Parameter(w.detach().flatten(1)) for w in self.weights]      # the same memory
         super().__init__(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
@@ -1502,8 +1503,8 @@ class Muon(torch.optim.Muon):
                 grad, state = w.grad.flatten(1), self.state[matrix]
                 average = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
                 average.lerp_(grad, 1 - group["momentum"])
-                update = orthogonal(grad.lerp(average, group["momentum"]))
-                matrix.add_(update, alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+                update = grad.lerp(average, group["momentum"]).unflatten(0, (-1, self.rows or len(matrix)))    # (blocks, rows, n)
+                matrix.add_(orthogonal(update).flatten(0, 1), alpha=-0.2 * group["lr"] * max(update.shape[1:]) ** 0.5)
 
 
 def rank():

@@ -777,6 +777,28 @@ def test_muon_moves_all_directions_equally():
     assert torch.equal(idle.weight, aar.Phi(4).weight)               # no gradient, no step
 
 
+def test_muon_in_blocks_is_muon_of_the_blocks():
+    """With `rows` a weight moves as if each block of so many rows were a weight of its own."""
+    whole = nn.Parameter(torch.randn(12, 5))
+    blocks = [nn.Parameter(block.clone()) for block in whole.detach().split(4)]
+    a, b = aar.Muon([whole], 0.1, rows=4), aar.Muon(blocks, 0.1)
+    before = whole.detach().clone()
+    for _ in range(3):
+        whole.grad = torch.randn(12, 5)
+        for block, grad in zip(blocks, whole.grad.split(4)):
+            block.grad = grad.clone()
+        a.step()
+        b.step()
+    assert torch.allclose(whole, torch.cat(blocks), rtol=0, atol=1e-3) and (whole - before).norm() > 0.1
+    undivided = aar.Muon([nn.Parameter(before.clone())], 0.1)
+    undivided.weights[0].grad = whole.grad
+    undivided.step()
+    divided = aar.Muon([nn.Parameter(before.clone())], 0.1, rows=4)
+    divided.weights[0].grad = whole.grad
+    divided.step()
+    assert (divided.weights[0] - undivided.weights[0]).norm() > 0.01         # and that is another step
+
+
 @pytest.mark.parametrize("dtype, far", [(torch.bfloat16, 1e-6), (torch.float32, 0.02)])
 def test_muon_equals_torch_s(dtype, far, monkeypatch):
     """Three steps move tall, wide and square weights as torch.optim.Muon does, which knows bfloat16 only."""
