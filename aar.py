@@ -216,9 +216,12 @@ class Codebook(nn.Module):
         the code alone would be undone by the next average.
         """
         decay, (V, D), M = self.decay if decay is None else decay, self.codes.shape, len(z)
-        hits = torch.zeros_like(self.share).index_add_(0, r, torch.ones_like(z[:, 0]))
+        # The two moving averages: how many of the vectors chose each code, and the sum of those.
+        hits = torch.zeros_like(self.share).index_add_(0, r, torch.ones_like(z[:, 0]))          # (V,)
+        sums = torch.zeros_like(self.sum).index_add_(0, r, z)                                   # (V, D)
         self.share.lerp_(hits / M, 1 - decay)
-        self.sum.lerp_(torch.zeros_like(self.sum).index_add_(0, r, z) / M, 1 - decay)
+        self.sum.lerp_(sums / M, 1 - decay)
+        # The dead start anew as if they had their fair share of the vectors, all equal to `reborn`.
         self.idle.copy_(torch.where(hits > 0, 0.0, self.idle + M))
         dead = (self.idle > 20 * V) | (self.share == 0)
         reborn = z[torch.randint(M, (V,), device=z.device)]
@@ -324,63 +327,6 @@ class MSRQ(nn.Module):
 # Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left)
 # ---------------------------------------------------------------------------------------------------------------
 
-class Conv1d(nn.Conv1d):
-    """torch's, only faster on a CPU (about 15% of a step of stage 1): the channels of a sample lie side by side in memory."""
-
-    def forward(self, x):
-        weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0])).squeeze(2)
-
-
-class ConvTranspose1d(nn.ConvTranspose1d):
-    """The same for the upsampling."""
-
-    def forward(self, x):
-        weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        return F.conv_transpose2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0]),
-                                  (0, self.output_padding[0])).squeeze(2)
-
-
-class Conv2d(nn.Conv2d):
-    """The same for the discriminators."""
-
-    def forward(self, x):
-        weight = self.weight.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
-
-
-def conv(kind, *args, gain=1.0, bias=False, **kwargs):
-    """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
-
-    That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike
-    to the quantizer. The codec has no biases: encoder and decoder turn silence into silence.
-    """
-    module = kind(*args, bias=bias, **kwargs)
-    taps = math.prod(module.kernel_size) * module.in_channels
-    if module.transposed:
-        taps /= math.prod(module.stride)                             # only kernel/stride taps meet at one output
-    nn.init.normal_(module.weight, std=gain / math.sqrt(taps))
-    if kind in (Conv1d, ConvTranspose1d) and module.stride[0] > 1:
-        r, mix = module.stride[0], module.weight.data[:, :, 0]
-        for band in range(r):                                        # each band may take any mixture of the channels
-            nn.init.orthogonal_(mix[band::r], gain * math.sqrt(max(mix[band::r].shape) / taps))
-        module.weight.data = mix[:, :, None] * filter_bank(r, len(mix))[:, None]
-    if bias:
-        nn.init.zeros_(module.bias)
-    return weight_norm(module)
-
-
-def filter_bank(r, channels):
-    """(channels, 2 r): the r filters of an MDCT in turn, each of mean square 1 and for one of r bands of frequencies.
-
-    Where the codec changes the rate, it starts with channels that hear, or make, one band each: the published random
-    filters hear all of them alike and need long to learn tones (0.3 dB of log-mel after 500 steps).
-    """
-    t = torch.arange(2 * r) + 0.5
-    band = torch.arange(channels)[:, None] % r + 0.5
-    return 2 * torch.cos(math.pi / r * band * (t + r / 2)) * torch.sin(math.pi * t / (2 * r))
-
-
 # Sound has an RMS of about 1/8. The first layer scales it to 1, since an ELU of small numbers is a straight line, which can
 # learn nothing that one layer could not; the last layer scales back.
 LOUDNESS = 8.0
@@ -482,6 +428,67 @@ class SAT(nn.Module):
         _, f_hats = quantizer.walk(lambda k, _: tokens[k])
         reads = [quantizer.read(k, f_hats[k - 1]) for k in range(1, len(f_hats))]     # what was known BEFORE scale k
         return torch.cat([f_hats[0].mT[:, :0], *reads], 1)           # begins with nothing, for the case of one scale
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The convolutions of codec and discriminators: memory layout, weight norm, first weights
+# ---------------------------------------------------------------------------------------------------------------
+
+class Conv1d(nn.Conv1d):
+    """torch's, only faster on a CPU (about 15% of a step of stage 1): the channels of a sample lie side by side in memory."""
+
+    def forward(self, x):
+        weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0])).squeeze(2)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """The same for the upsampling."""
+
+    def forward(self, x):
+        weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x[:, :, None], weight, self.bias, (1, self.stride[0]), (0, self.padding[0]),
+                                  (0, self.output_padding[0])).squeeze(2)
+
+
+class Conv2d(nn.Conv2d):
+    """The same for the discriminators."""
+
+    def forward(self, x):
+        weight = self.weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+
+
+def conv(kind, *args, gain=1.0, bias=False, **kwargs):
+    """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
+
+    That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike
+    to the quantizer. The codec has no biases: encoder and decoder turn silence into silence.
+    """
+    module = kind(*args, bias=bias, **kwargs)
+    taps = math.prod(module.kernel_size) * module.in_channels
+    if module.transposed:
+        taps /= math.prod(module.stride)                             # only kernel/stride taps meet at one output
+    nn.init.normal_(module.weight, std=gain / math.sqrt(taps))
+    if kind in (Conv1d, ConvTranspose1d) and module.stride[0] > 1:
+        r, mix = module.stride[0], module.weight.data[:, :, 0]
+        for band in range(r):                                        # each band may take any mixture of the channels
+            nn.init.orthogonal_(mix[band::r], gain * math.sqrt(max(mix[band::r].shape) / taps))
+        module.weight.data = mix[:, :, None] * filter_bank(r, len(mix))[:, None]
+    if bias:
+        nn.init.zeros_(module.bias)
+    return weight_norm(module)
+
+
+def filter_bank(r, channels):
+    """(channels, 2 r): the r filters of an MDCT in turn, each of mean square 1 and for one of r bands of frequencies.
+
+    Where the codec changes the rate, it starts with channels that hear, or make, one band each: the published random
+    filters hear all of them alike and need long to learn tones (0.3 dB of log-mel after 500 steps).
+    """
+    t = torch.arange(2 * r) + 0.5
+    band = torch.arange(channels)[:, None] % r + 0.5
+    return 2 * torch.cos(math.pi / r * band * (t + r / 2)) * torch.sin(math.pi * t / (2 * r))
 
 
 # ---------------------------------------------------------------------------------------------------------------
