@@ -2236,6 +2236,23 @@ def test_distance_of_two_folders(tmp_path, capsys):
     assert 0.1 < other["made"][0] and 0.5 < copy["white noise"][0]
 
 
+def test_compiled_training_is_training(trained, tmp_path, monkeypatch, capsys):
+    """With --compile the same steps are taken, here with the backend that compiles nothing; without a compiler there is one line."""
+    common = ["--device", "cpu", "--preset", "tiny", "--sat", trained[1], "--steps", "2", "--batch", "2"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(aar.UserError, match="C[+][+] compiler"):
+        train_aar.main([*common, "--compile", "--out", str(tmp_path / "none.pt")])
+    monkeypatch.setenv("CXX", sys.executable)
+    calls, really = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: calls.append(model) or really(model, backend="eager"))
+    states = []
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        train_aar.main([*common, *more, "--out", str(tmp_path / f"{name}.pt")])
+        states.append(aar.load_checkpoint(tmp_path / f"{name}.pt", "aar")["parts"]["aar"])
+    assert len(calls) == 1 and states[0].keys() == states[1].keys()
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(states[0].values(), states[1].values()))
+
+
 def test_windows_of_two_seconds(run, wav_folder, tmp_path):
     """--seconds stretches the schedule of stage 1; the other scripts follow the checkpoint and tell the length of the window."""
     common = ["--preset", "tiny", "--data", wav_folder, "--batch", 1, "--steps", 1]
