@@ -10,7 +10,7 @@
    it is dropped for 10% of the clips, so that classifier-free guidance (CFG) works.
 5. Two stages: train SAT (reconstruction, then discriminators), freeze it, train AAR (cross-entropy on its tokens).
 
-The idea lives in one loop, `MSRQ.walk`. Encoding, decoding, teacher forcing and generation are four ways to
+The idea lives in one loop, `MSRQ.walk`. Encoding, decoding, teacher forcing and generation differ only in how they
 choose the tokens of a scale inside of it.
 
 Shapes, everywhere:  B batch   N samples   T latent frames   K scales   s_k tokens of scale k   L tokens of all scales
@@ -121,10 +121,10 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
-                   AARConfig(depth=3, V=256, latent=32),
+                   AARConfig(depth=3),
                    TrainConfig(steps=3000, batch=8, lr=3e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=3e-3, crops=4000)),
-    "small": Preset(SATConfig(width=16, lstm=0, V=1024, disc_width=8), AARConfig(depth=6),
+    "small": Preset(SATConfig(width=16, lstm=0, disc_width=8), AARConfig(depth=6),
                     TrainConfig(steps=12000, batch=8, lr=3e-3, adversarial_at=0.9),
                     TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
     "paper": Preset(SATConfig(), AARConfig(),
@@ -139,8 +139,9 @@ class UserError(ValueError):
 
 def fast_dtype(device):
     """What to multiply in: bfloat16 if the device gains by it, else float32."""
-    fast = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}.get(device.type)
-    return torch.bfloat16 if fast and fast() else torch.float32
+    fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
 
 
 def bfloat16(device, on=True):
@@ -223,7 +224,7 @@ class Codebook(nn.Module):
         self.sum.lerp_(sums / M, 1 - decay)
         # The dead start anew as if they had their fair share of the vectors, all equal to `reborn`.
         self.idle.copy_(torch.where(hits > 0, 0.0, self.idle + M))
-        dead = (self.idle > 20 * V) | (self.share == 0)
+        dead = (self.idle > 20 * V) | (self.share == 0)              # the latter in k-means only, which has no memory
         reborn = z[torch.randint(M, (V,), device=z.device)]
         self.share.copy_(torch.where(dead, 1 / V, self.share))
         self.sum.copy_(torch.where(dead[:, None], reborn / V, self.sum))
@@ -267,8 +268,9 @@ class MSRQ(nn.Module):
     def walk(self, choose, T=None, n=None):
         """The loop of Alg. 1 and Alg. 2, coarse to fine: tokens [r_1 .. r_n] and sums [f_hat_1 .. f_hat_n], each (B, D, T).
 
-        `choose(k, f_hat)` returns the tokens (B, s_k) of scale k, given the sum of all coarser scales, at first 0. In
-        code k counts from 0, in the paper from 1.
+        `choose(k, f_hat)` returns the tokens (B, s_k) of scale k, given the sum of all coarser scales, at first 0. T: how
+        many frames the tokens are stretched over (default: one window); n: how many scales (default: all). In code k
+        counts from 0, in the paper from 1: f_hats[k] is what scale k + 1 reads.
         """
         r, f_hats, f_hat = [], [], 0.0
         for k in range(n or len(self.scales)):
@@ -283,7 +285,7 @@ class MSRQ(nn.Module):
         return down(f, self.scales[k]).mT
 
     def quantize(self, f, kmeans=False):
-        """Alg. 1: latents f (B, D, T) -> tokens, sums f_hat_1 .. f_hat_K, and the vectors looked up, (B, s_k, D) each.
+        """Alg. 1: latents f (B, D, T) -> tokens, sums f_hat_1 .. f_hat_K, and the residuals z that chose, (B, s_k, D) each.
 
         With `kmeans` each codebook first starts anew on its vectors.
         """
@@ -304,19 +306,23 @@ class MSRQ(nn.Module):
         r, f_hats, z = self.quantize(f)
         f = f.float()
         if self.training:
-            self.seen.append((z, r))
-            if len(self.seen) == self.parts:                         # no code moves before the whole batch has chosen
-                for k, codebook in enumerate(self.codebooks):
-                    z_k = torch.cat([z[k].flatten(0, 1) for z, _ in self.seen])
-                    r_k = torch.cat([r[k].flatten() for _, r in self.seen])
-                    codebook.update(gather(z_k), gather(r_k))
-                self.seen.clear()
-        # Each loss moves one side only: the latents towards their sums, and, through the phis, the sums towards the latents.
-        # The codes, which are no parameters, follow by their moving averages.
+            self.learn(z, r)
+        # Two equal numbers, two gradients, since f_hat carries none to f: the first moves the latents towards their sums, the
+        # second the sums, by way of the phis, towards the latents. The codes are no parameters: they follow in `learn`.
         commitment_loss = sum(F.mse_loss(f, f_hat.detach()) for f_hat in f_hats) / len(f_hats)
         phi_loss = sum(F.mse_loss(f_hat, f.detach()) for f_hat in f_hats) / len(f_hats)
         # Straight-through, ONCE around the whole of MSRQ: the value is f_hat_K, the gradient passes to f as it came.
         return f + (f_hats[-1] - f).detach(), r, commitment_loss + phi_loss
+
+    def learn(self, z, r):
+        """Move the codes by the residuals z and the tokens r that they chose, once for all parts of a batch, of all processes."""
+        self.seen.append((z, r))
+        if len(self.seen) == self.parts:                             # no code moves before the whole batch has chosen
+            for k, codebook in enumerate(self.codebooks):
+                z_k = torch.cat([z[k].flatten(0, 1) for z, _ in self.seen])
+                r_k = torch.cat([r[k].flatten() for _, r in self.seen])
+                codebook.update(gather(z_k), gather(r_k))
+            self.seen.clear()
 
     def decode(self, tokens, T=None):
         """Alg. 2: tokens of the first n >= 1 scales -> f_hat_n (B, D, T)."""
@@ -459,13 +465,13 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
 
 
-def conv(kind, *args, gain=1.0, bias=False, **kwargs):
+def conv(kind, *args, gain=1.0, **kwargs):
     """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
     That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike
-    to the quantizer. The codec has no biases: encoder and decoder turn silence into silence.
+    to the quantizer. Only the discriminators have biases: encoder and decoder turn silence into silence.
     """
-    module = kind(*args, bias=bias, **kwargs)
+    module = kind(*args, bias=kind is Conv2d, **kwargs)
     taps = math.prod(module.kernel_size) * module.in_channels
     if module.transposed:
         taps /= math.prod(module.stride)                             # only kernel/stride taps meet at one output
@@ -475,7 +481,7 @@ def conv(kind, *args, gain=1.0, bias=False, **kwargs):
         for band in range(r):                                        # each band may take any mixture of the channels
             nn.init.orthogonal_(mix[band::r], gain * math.sqrt(max(mix[band::r].shape) / taps))
         module.weight.data = mix[:, :, None] * filter_bank(r, len(mix))[:, None]
-    if bias:
+    if module.bias is not None:
         nn.init.zeros_(module.bias)
     return weight_norm(module)
 
@@ -484,7 +490,7 @@ def filter_bank(r, channels):
     """(channels, 2 r): the r filters of an MDCT in turn, each of mean square 1 and for one of r bands of frequencies.
 
     Where the codec changes the rate, it starts with channels that hear, or make, one band each: the published random
-    filters hear all of them alike and need long to learn tones (0.3 dB of log-mel after 500 steps).
+    filters hear all of them alike and need long to learn tones (after 500 steps they are 0.3 dB of log-mel behind).
     """
     t = torch.arange(2 * r) + 0.5
     band = torch.arange(channels)[:, None] % r + 0.5
@@ -502,9 +508,9 @@ class STFTDiscriminator(nn.Module):
         super().__init__()
         self.window = window
         self.register_buffer("hann", torch.hann_window(window), persistent=False)
-        self.convs = nn.ModuleList([conv(Conv2d, 2, c, (9, 3), padding=(4, 1), bias=True)] + [
-            conv(Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d), bias=True) for d in (1, 2, 4)] + [
-            conv(Conv2d, c, c, 3, padding=1, bias=True), conv(Conv2d, c, 1, 3, padding=1, bias=True)])
+        self.convs = nn.ModuleList([conv(Conv2d, 2, c, (9, 3), padding=(4, 1))] + [
+            conv(Conv2d, c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d)) for d in (1, 2, 4)] + [
+            conv(Conv2d, c, c, 3, padding=1), conv(Conv2d, c, 1, 3, padding=1)])
 
     def forward(self, wav):
         X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, normalized=True,
@@ -520,9 +526,9 @@ class PeriodDiscriminator(nn.Module):
         self.p = p
         widths = [1, c, 2 * c, 4 * c, 8 * c]
         self.convs = nn.ModuleList([
-            conv(Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0), bias=True) for a, b in zip(widths, widths[1:])] + [
-            conv(Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0), bias=True),
-            conv(Conv2d, 8 * c, 1, (3, 1), padding=(1, 0), bias=True)])
+            conv(Conv2d, a, b, (5, 1), stride=(3, 1), padding=(2, 0)) for a, b in zip(widths, widths[1:])] + [
+            conv(Conv2d, 8 * c, 8 * c, (5, 1), padding=(2, 0)),
+            conv(Conv2d, 8 * c, 1, (3, 1), padding=(1, 0))])
 
     def forward(self, wav):
         wav = F.pad(wav, (0, -wav.shape[-1] % self.p))
@@ -559,7 +565,7 @@ def adversarial_loss(fake):
 
 
 def feature_loss(real, fake):
-    """Relative feature matching: mean over all layers of |real - fake| / |real|; real sound only sets the target."""
+    """Relative feature matching: mean over all layers but the logits of |real - fake| / |real|; real sound only sets the target."""
     def size(x):                                                      # sums in float32, but no float32 copy of the maps
         return torch.linalg.vector_norm(x, 1, dtype=torch.float32)
     pairs = [(r.detach(), f) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
@@ -631,7 +637,7 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # of the cosines in the softmax
 
     def forward(self, x, mask=None, cache=None, at=0):
-        """x (B, n, C) -> (B, n, C). `cache` (2, B, H, L, C/H) keeps keys and values; x is written from place `at` on."""
+        """x (B, n, C) -> (B, n, C). `cache` (2, B, H, L, C/H) keeps keys and values, those of x from place `at` on."""
         B, n, C = x.shape
         q, k, v = self.qkv(x).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)     # each (B, H, n, C/H)
         q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()
@@ -663,35 +669,13 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
-class Prepared(nn.Module):
-    """A linear layer, and the GELU after it, for generation: weights in `fast_dtype`, on a CPU in its own order.
-
-    A CPU's matrix unit reads weights in an order of its own. It is made once here, not anew at each of the K scales.
-    """
-
-    def __init__(self, linear, gelu=False):
-        super().__init__()
-        dtype = fast_dtype(linear.weight.device)
-        self.bias, self.gelu = linear.bias.to(dtype), gelu
-        self.packed = linear.weight.is_cpu and torch.backends.mkldnn.is_available()
-        reorder = torch.ops.mkldnn._reorder_linear_weight if self.packed else torch.Tensor.contiguous
-        self.weight = reorder(linear.weight.to(dtype))
-
-    def forward(self, x):
-        x, act = x.to(self.bias.dtype), ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *act)
-        x = F.linear(x, self.weight, self.bias)
-        return F.gelu(x, approximate="tanh") if self.gelu else x
-
-
 def block_mask(blocks):
     """True where the query (row) may look at the key (column): at its own block and at all earlier ones, (L, L).
 
     Blocks of 1, 2 and 3 tokens:    1 . . . . .    reads the start token                 predicts r_1
-                                    1 1 1 . . .    reads down(f_hat_1), twice            predicts r_2, two tokens at once
+                                    1 1 1 . . .    reads down(f_hat_1), two vectors      predicts r_2, two tokens at once
                                     1 1 1 . . .
-                                    1 1 1 1 1 1    reads down(f_hat_2), three times      predicts r_3, three at once
+                                    1 1 1 1 1 1    reads down(f_hat_2), three           predicts r_3, three at once
                                     1 1 1 1 1 1
                                     1 1 1 1 1 1
     To look at the whole own block is no leak: what it reads is made of the tokens of EARLIER blocks only.
@@ -735,7 +719,7 @@ class AAR(nn.Module):
                 out.weight.data /= math.sqrt(2 * config.depth)
         nn.init.zeros_(self.head.weight)                                       # the first loss is ln V
         nn.init.zeros_(self.adaln.weight)                                      # every clip starts with gates 1, the rest 0
-        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0
+        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0         # gate1, gate2 of Block
 
     def condition(self, cond):
         """Condition (B, cond_dim) -> start token (B, 1, C), modulations of the layers and of the head.
@@ -756,7 +740,7 @@ class AAR(nn.Module):
         return self.head(modulate(x, *head)).float()
 
     def forward(self, cond, teacher_inputs):
-        """Condition (B, cond_dim), SAT.teacher_inputs (B, L - s_1, D) -> logits (B, L, V), all blocks in one pass."""
+        """Condition (B, cond_dim), SAT.teacher_inputs (B, L - first, D) -> logits (B, L, V), all blocks in one pass."""
         if self.training:
             hide = torch.rand(len(cond) * world(), 1, device=cond.device) < self.config.cond_drop
             hide = share(hide)                                                 # each training process its part of one draw
@@ -775,7 +759,7 @@ class AAR(nn.Module):
         return self
 
     @torch.inference_mode()
-    def generate(self, cond, sat, cfg=3.0, top_k=0, top_p=0.8, generator=None):
+    def generate(self, cond, sat, cfg=6.0, top_k=0, top_p=0.8, generator=None):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
 
         cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), k from 0, and the logits are
@@ -788,7 +772,7 @@ class AAR(nn.Module):
         dtype = self.layers[0].attention.qkv.bias.dtype
         caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64, dtype=dtype)
                   for _ in self.layers]                                        # keys, values: (B or 2 B, H, L, C/H)
-        at, last = 0, None                                                     # places filled; codes drawn last, (B, n, D)
+        at, last = 0, None                  # places filled; codes drawn last, (B, n, D), which only next-token reads
 
         def choose(k, f_hat):
             """Predict the tokens of scale k: one block, or s_k blocks of one token each."""
@@ -820,6 +804,28 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
         drop = p.cumsum(-1) - p >= max(top_p, 1e-9)                            # those before it hold enough
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     return torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
+
+
+class Prepared(nn.Module):
+    """A linear layer, and the GELU after it, for generation: weights in `fast_dtype`, on a CPU in its own order.
+
+    A CPU's matrix unit reads weights in an order of its own. It is made once here, not anew at each of the K scales.
+    """
+
+    def __init__(self, linear, gelu=False):
+        super().__init__()
+        dtype = fast_dtype(linear.weight.device)
+        self.bias, self.gelu = linear.bias.to(dtype), gelu
+        self.packed = linear.weight.is_cpu and torch.backends.mkldnn.is_available()
+        reorder = torch.ops.mkldnn._reorder_linear_weight if self.packed else torch.Tensor.contiguous
+        self.weight = reorder(linear.weight.to(dtype))
+
+    def forward(self, x):
+        x, act = x.to(self.bias.dtype), ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *act)
+        x = F.linear(x, self.weight, self.bias)
+        return F.gelu(x, approximate="tanh") if self.gelu else x
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def arguments(argv=None):
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2 (default: aar.pt)")
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, if the generator was trained with it; for --fad: what hears")
     p.add_argument("-n", type=int, default=4, help="how many sounds (default: 4)")
-    p.add_argument("--cfg", type=float, default=3.0, help="guidance at the last scale; 0: none (default: 3)")
+    p.add_argument("--cfg", type=float, default=6.0, help="guidance at the last scale; 0: none (default: 6)")
     p.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest codes; 0: from all (default)")
     p.add_argument("--top-p", type=float, default=0.8, help="draw from the likeliest codes that hold this probability (default: 0.8)")
     p.add_argument("--seed", type=int, default=0)

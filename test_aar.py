@@ -749,7 +749,9 @@ def small_plan(**changes):
 
 def options(out, *more):
     """The command line options that both training loops read."""
-    return train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
+    args = train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
+    args.compile = False                                             # which only stage 2 has
+    return args
 
 
 def test_learning_rate():

@@ -40,7 +40,7 @@ def arguments(argv=None):
     p.add_argument("--compile", action="store_true", help="faster steps after minutes of compiling; needs a C++ compiler")
     p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
     p.add_argument("--eval", metavar="CHECKPOINT", help="train nothing, measure this checkpoint on the held-back clips")
-    p.add_argument("--cfg", type=float, nargs="+", default=[3.0], help="for --eval: guidance, as in sample.py; each value is measured")
+    p.add_argument("--cfg", type=float, nargs="+", default=[6.0], help="for --eval: guidance, as in sample.py; each value is measured")
     p.add_argument("--top-k", type=int, nargs="+", default=[0], help="for --eval, likewise")
     p.add_argument("--top-p", type=float, nargs="+", default=[0.8], help="for --eval, likewise")
     p.set_defaults(command=sample.command("train_aar.py", argv))
