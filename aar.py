@@ -222,9 +222,9 @@ class Codebook(nn.Module):
         sums = torch.zeros_like(self.sum).index_add_(0, r, z)                                   # (V, D)
         self.share.lerp_(hits / M, 1 - decay)
         self.sum.lerp_(sums / M, 1 - decay)
-        # The dead start anew as if they had their fair share of the vectors, all equal to `reborn`.
+        # The dead (in k-means, which has no memory, all that were not chosen) start anew as if `reborn` had come once in V.
         self.idle.copy_(torch.where(hits > 0, 0.0, self.idle + M))
-        dead = (self.idle > 20 * V) | (self.share == 0)              # the latter in k-means only, which has no memory
+        dead = (self.idle > 20 * V) | (self.share == 0)
         reborn = z[torch.randint(M, (V,), device=z.device)]
         self.share.copy_(torch.where(dead, 1 / V, self.share))
         self.sum.copy_(torch.where(dead[:, None], reborn / V, self.sum))
