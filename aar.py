@@ -144,7 +144,7 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def bfloat16(device, on=True):
+def autocast(device, on=True):
     """Inside, multiplications are done in `fast_dtype` if `on`, else in float32."""
     if device.type not in ("cuda", "cpu"):                            # mps; and meta, which knows no autocast at all
         return contextlib.nullcontext()
@@ -297,7 +297,7 @@ class MSRQ(nn.Module):
             if kmeans:
                 self.codebooks[k].kmeans(gather(z[k].flatten(0, 1)))     # gather: of all processes that train
             return self.codebooks[k].nearest(z[k])
-        with bfloat16(f.device, on=False):                           # nearest codes need all digits
+        with autocast(f.device, on=False):                           # nearest codes need all digits
             f = f.float()
             return *self.walk(choose, f.shape[-1]), z
 
@@ -515,7 +515,7 @@ class STFTDiscriminator(nn.Module):
     def forward(self, wav):
         X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, normalized=True,
                        return_complex=True)                          # (B, window/2 + 1, frames)
-        return feature_maps(torch.stack([X.real, X.imag], 1), self.convs)
+        return feature_maps(torch.stack([X.real, X.imag], 1), self.convs)           # of (B, 2, window/2 + 1, frames)
 
 
 class PeriodDiscriminator(nn.Module):
@@ -532,10 +532,11 @@ class PeriodDiscriminator(nn.Module):
 
     def forward(self, wav):
         wav = F.pad(wav, (0, -wav.shape[-1] % self.p))
-        return feature_maps(wav.unflatten(-1, (-1, self.p)), self.convs)
+        return feature_maps(wav.unflatten(-1, (-1, self.p)), self.convs)            # of (B, 1, N/p, p)
 
 
 def feature_maps(x, convs):
+    """(B, channels, rows, columns) -> what each convolution makes of it, the last one logits."""
     maps = []
     for layer in convs:
         x = layer(F.leaky_relu(x, 0.2) if maps else x)
@@ -586,7 +587,7 @@ class Mel(nn.Module):
     def forward(self, wav):
         X = torch.stft(wav.squeeze(1).float(), self.window, self.window // 4, window=self.hann, pad_mode="constant",
                        return_complex=True)
-        with bfloat16(wav.device, on=False):
+        with autocast(wav.device, on=False):
             return self.filters @ X.abs() / (self.window / 4)
 
     def dB(self, wav):
@@ -655,8 +656,8 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class Block(nn.Module):
-    """Transformer block; `mod` holds its six AdaLN modulations (B, 6, 1, C)."""
+class Layer(nn.Module):
+    """Layer of the transformer; `mod` holds its six AdaLN modulations (B, 6, 1, C)."""
 
     def __init__(self, C, H):
         super().__init__()
@@ -703,7 +704,7 @@ class AAR(nn.Module):
         # Added to the inputs: which scale (not the "scale" of AdaLN) and which place of the sequence this is.
         self.level, self.position = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(L, C))
         self.adaln = nn.Linear(C, (6 * config.depth + 2) * C)                  # of all blocks and the head
-        self.layers = nn.ModuleList(Block(C, H) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Layer(C, H) for _ in range(config.depth))
         self.head = nn.Linear(C, config.V)
         self.register_buffer("scale_of", torch.arange(K).repeat_interleave(torch.tensor(config.scales)), persistent=False)
         self.register_buffer("mask", block_mask(blocks), persistent=False)     # (L, L)
@@ -719,7 +720,7 @@ class AAR(nn.Module):
                 out.weight.data /= math.sqrt(2 * config.depth)
         nn.init.zeros_(self.head.weight)                                       # the first loss is ln V
         nn.init.zeros_(self.adaln.weight)                                      # every clip starts with gates 1, the rest 0
-        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0         # gate1, gate2 of Block
+        self.adaln.bias.data[:6 * config.depth * C].view(config.depth, 6, C)[:, [2, 5]] = 1.0         # gate1, gate2 of Layer
 
     def condition(self, cond):
         """Condition (B, cond_dim) -> start token (B, 1, C), modulations of the layers and of the head.
@@ -765,12 +766,12 @@ class AAR(nn.Module):
         cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), k from 0, and the logits are
         (1 + t_k) conditional - t_k unconditional (Fig. 4). top_k, top_p: see `draw`. generator: on the model's device.
         """
-        config, B, K = self.config, len(cond), len(self.config.scales)
+        config, B, K, H = self.config, len(cond), len(self.config.scales), self.config.depth
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])                  # both halves in one batch
         start, mods, head = self.condition(cond)
         dtype = self.layers[0].attention.qkv.bias.dtype
-        caches = [start.new_empty(2, len(cond), config.depth, len(self.scale_of), 64, dtype=dtype)
+        caches = [start.new_empty(2, len(cond), H, len(self.scale_of), 64, dtype=dtype)
                   for _ in self.layers]                                        # keys, values: (B or 2 B, H, L, C/H)
         at, last = 0, None                  # places filled; codes drawn last, (B, n, D), which only next-token reads
 
@@ -939,7 +940,7 @@ class CLAP(nn.Module):
         # As laion-clap was trained: a short sound is repeated a whole number of times, then silence fills the 10 s.
         x = x.repeat(1, 480000 // x.shape[1])
         x = F.pad(x, (0, 480000 - x.shape[1]))
-        with bfloat16(x.device, on=False):                            # half precision would spoil the spectrogram
+        with autocast(x.device, on=False):                            # half precision would spoil the spectrogram
             x = self.audio_branch({"waveform": x}, device=x.device)["embedding"]
             return F.normalize(self.audio_projection(x), dim=-1)
 

@@ -147,7 +147,7 @@ def losses(model, sat, r, cond):
     """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token and whether it is the likeliest, (B, L) both."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
-    with aar.bfloat16(r.device):
+    with aar.autocast(r.device):
         logits = model(cond, teacher_inputs)
     return F.cross_entropy(logits.transpose(1, 2), r, reduction="none"), logits.argmax(-1) == r
 

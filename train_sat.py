@@ -136,7 +136,7 @@ def train_step(sat, discriminators, optimizers, mel_loss, parts, quantize=True, 
     sat.zero_grad()
     discriminators.zero_grad()
     for x in parts:
-        with aar.bfloat16(x.device):
+        with aar.autocast(x.device):
             if quantize:
                 y, _, vq = sat(x)
             else:
@@ -144,7 +144,7 @@ def train_step(sat, discriminators, optimizers, mel_loss, parts, quantize=True, 
         losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
         if adversarial:
             # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
-            with aar.bfloat16(x.device):
+            with aar.autocast(x.device):
                 real, fake = discriminators(x), discriminators(y)
             losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
             d_loss = aar.discriminator_loss(real, fake)
