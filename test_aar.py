@@ -840,7 +840,7 @@ def test_each_player_learns_from_its_own_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sat, "SAT", keep("sat", SAT))
     monkeypatch.setattr(train_sat, "Discriminators", keep("judges", Discriminators))
     monkeypatch.setattr(aar.Log, "wait", wait)
-    monkeypatch.setattr(aar, "bfloat16", lambda device, on=True: contextlib.nullcontext())
+    monkeypatch.setattr(aar, "autocast", lambda device, on=True: contextlib.nullcontext())
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
     train_sat.train(options(tmp_path / "sat.pt"), small_sat().config,      # a plain autoencoder at first: no random codes
                     small_plan(steps=1, quantize_at=1, adversarial_at=0), CPU)
