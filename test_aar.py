@@ -552,7 +552,7 @@ def naive_transformer(model, cond, x):
             cosine = F.normalize(k[seen, part], dim=-1) @ F.normalize(q[place, part], dim=-1)
             y[place, part] = (cosine * w[f"layers.{i}.attention.log_scale"][head].exp()).flatten().softmax(0) @ v[seen, part]
         h = h + gate1 * linear(f"layers.{i}.attention.proj", y)
-        inner = F.gelu(linear(f"layers.{i}.mlp.0", norm(h, shift2, scale2)), approximate="tanh")
+        inner = F.gelu(linear(f"layers.{i}.mlp.0", norm(h, shift2, scale2)))
         h = h + gate2 * linear(f"layers.{i}.mlp.2", inner)
     return linear("head", norm(h, *mods[6 * depth:]))
 
@@ -565,6 +565,33 @@ def test_transformer_equals_a_naive_one(pair):
     cond, x = torch.randn(2, 5), torch.randn(2, len(blocks_of(model)) - model.first, 6)
     want = torch.stack([naive_transformer(model, *clip) for clip in zip(cond, x)]).float()
     torch.testing.assert_close(model(cond, x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("L", [9, 1100])
+def test_attention_and_its_gradients_equal_naive_ones(dtype, far, L):
+    """Written out (bfloat16, few tokens) or fused, masked or for a few queries of a cache: as in float64; long vectors get length 1."""
+    x = [torch.randn(2, 3, L, 4).to(dtype).requires_grad_() for _ in range(3)]
+    X = [p.detach().double().requires_grad_() for p in x]
+    for mask, n in ((aar.block_mask([1, 3, L - 4]), L), (None, 2)):
+        q, k = aar.unit(x[0][:, :, :n], 4.0), aar.unit(x[1])
+        Q, K = 4 * F.normalize(X[0][:, :, :n], dim=-1), F.normalize(X[1], dim=-1)
+        scores = Q @ K.mT if mask is None else (Q @ K.mT).masked_fill(~mask, -torch.inf)
+        y, Y = aar.attend(q, k, x[2], mask), scores.softmax(-1) @ X[2]
+        weight = torch.randn_like(Y)
+        for a, b in zip((y, *torch.autograd.grad(y, x, weight.to(dtype))), (Y, *torch.autograd.grad(Y, X, weight))):
+            assert a.dtype == dtype and (a - b).norm() < far * b.norm()
+    assert torch.equal(aar.unit(torch.zeros(2, 4)), torch.zeros(2, 4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's page faults")
+def test_freed_memory_is_kept():
+    """A large block is made of an earlier one's pages: the system clears no new ones."""
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(50_000_000)                                      # 200 MB, 48828 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert [faults() for _ in range(4)][-1] < 1000
 
 
 @torch.no_grad()
@@ -801,10 +828,21 @@ def test_muon_in_blocks_is_muon_of_the_blocks():
     assert (divided.weights[0] - undivided.weights[0]).norm() > 0.01         # and that is another step
 
 
-@pytest.mark.parametrize("dtype, far", [(torch.bfloat16, 1e-6), (torch.float32, 0.02)])
-def test_muon_equals_torch_s(dtype, far, monkeypatch):
-    """Three steps move tall, wide and square weights as torch.optim.Muon does, which knows bfloat16 only."""
-    monkeypatch.setattr(aar, "fast_dtype", lambda device: dtype)
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 12, 12)])
+def test_orthogonal_equals_newton_schulz(shape):
+    """Squares only, float32, singular values from 1 to 1e-5: the plain rounds on the whole matrix in float64; nothing of nothing."""
+    U, s, V = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    G = 7 * U @ (torch.logspace(0, -5, s.shape[-1], dtype=torch.float64)[:, None] * V)
+    X = G / torch.linalg.matrix_norm(G)[..., None, None]
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    assert (aar.orthogonal(G.float()) - X).norm() < 1e-3 * X.norm()
+    assert torch.equal(aar.orthogonal(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+
+
+def test_muon_equals_torch_s():
+    """Three steps move tall, wide and square weights as torch.optim.Muon does, which rounds to bfloat16."""
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((12, 5), (5, 12), (7, 7))]
     start, others = copy.deepcopy(ours), copy.deepcopy(ours)
     optimizers = aar.Muon(ours, 0.1), torch.optim.Muon(others, 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
@@ -815,7 +853,7 @@ def test_muon_equals_torch_s(dtype, far, monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
     for a, b, c in zip(ours, others, start):
-        assert (a - b).norm() <= far * (b - c).norm()
+        assert (a - b).norm() <= 0.02 * (b - c).norm()
 
 
 def test_each_player_learns_from_its_own_loss(tmp_path, monkeypatch):
