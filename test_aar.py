@@ -776,9 +776,7 @@ def small_plan(**changes):
 
 def options(out, *more):
     """The command line options that both training loops read."""
-    args = train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
-    args.compile = False                                             # which only stage 2 has
-    return args
+    return train_sat.arguments(["--device", "cpu", "--out", str(out), *map(str, more)])
 
 
 def test_learning_rate():
@@ -2274,23 +2272,6 @@ def test_distance_of_two_folders(tmp_path, capsys):
     assert copy["made"] == (pytest.approx(0, abs=1e-3), 8, 8) and other["made"][1:] == (4, 8)
     assert copy["some of the reference"][1:] == (4, 4) and copy["white noise"][1:] == (8, 8)
     assert 0.1 < other["made"][0] and 0.5 < copy["white noise"][0]
-
-
-def test_compiled_training_is_training(trained, tmp_path, monkeypatch, capsys):
-    """With --compile the same steps are taken, here with the backend that compiles nothing; without a compiler there is one line."""
-    common = ["--device", "cpu", "--preset", "tiny", "--sat", trained[1], "--steps", "2", "--batch", "2"]
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(aar.UserError, match="C[+][+] compiler"):
-        train_aar.main([*common, "--compile", "--out", str(tmp_path / "none.pt")])
-    monkeypatch.setenv("CXX", sys.executable)
-    calls, really = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: calls.append(model) or really(model, backend="eager"))
-    states = []
-    for name, more in (("plain", []), ("compiled", ["--compile"])):
-        train_aar.main([*common, *more, "--out", str(tmp_path / f"{name}.pt")])
-        states.append(aar.load_checkpoint(tmp_path / f"{name}.pt", "aar")["parts"]["aar"])
-    assert len(calls) == 1 and states[0].keys() == states[1].keys()
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(states[0].values(), states[1].values()))
 
 
 def test_windows_of_two_seconds(run, wav_folder, tmp_path):

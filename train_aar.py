@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -37,7 +36,6 @@ def arguments(argv=None):
     p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    p.add_argument("--compile", action="store_true", help="faster steps after minutes of compiling; needs a C++ compiler")
     p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
     p.add_argument("--eval", metavar="CHECKPOINT", help="train nothing, measure this checkpoint on the held-back clips")
     p.add_argument("--cfg", type=float, nargs="+", default=[6.0], help="for --eval: guidance, as in sample.py; each value is measured")
@@ -54,8 +52,6 @@ def main(argv=None):
     plan = aar.plan_from(preset.train_aar, args)
     if args.eval:
         return evaluate(args, device)
-    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise aar.UserError("--compile needs a C++ compiler, g++ or what CXX names, and there is none: leave it out")
     sat = aar.load_sat(args.sat, device)
     embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
     config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
@@ -97,7 +93,6 @@ def train(args, sat, embedder, config, plan, device):
     weight = torch.cat([torch.full((s,), s ** -0.5) for s in config.scales]).to(device)
     weight /= weight.mean()
 
-    trained = torch.compile(model) if args.compile else model         # the same parameters
     bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
     log, stop = aar.Log(bar, history), aar.Stop()
     for step in bar:
@@ -106,7 +101,7 @@ def train(args, sat, embedder, config, plan, device):
         lr = aar.learning_rate(step, plan)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
-        loss, norm = train_step(trained, sat, optimizers, weight, [(tokens[i].to(device), cond[i].to(device))
+        loss, norm = train_step(model, sat, optimizers, weight, [(tokens[i].to(device), cond[i].to(device))
                                                                  for i in pick.chunk(args.accumulate)])
         log.add(step, (data[i][1] for i in pick.tolist()), loss=loss, norm=norm)
 
