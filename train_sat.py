@@ -70,10 +70,12 @@ def main(argv=None):
 def build(config, lr, device):
     """A new tokenizer, its discriminators and the optimizers of both players."""
     sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
-    matrices = [p for p in sat.parameters() if p.numel() > len(p)]
-    lengths = [p for p in sat.parameters() if p.numel() == len(p)]    # of weight norm
+    # AdamW takes the lengths of weight norm, and the LSTMs, whose large squares would make Muon a fifth of a step of `paper`.
+    lstms = {p for module in sat.modules() if isinstance(module, torch.nn.LSTM) for p in module.parameters()}
+    matrices = [p for p in sat.parameters() if p.numel() > len(p) and p not in lstms]
+    rest = [p for p in sat.parameters() if p.numel() == len(p) or p in lstms]
     how = {"betas": (0.8, 0.99), "weight_decay": 0.01, "fused": device.type != "meta"}
-    return sat, discriminators, {"muon": aar.Muon(matrices, lr), "optimizer": torch.optim.AdamW(lengths, **how),
+    return sat, discriminators, {"muon": aar.Muon(matrices, lr), "optimizer": torch.optim.AdamW(rest, **how),
                                  "d_optimizer": torch.optim.AdamW(discriminators.parameters(), **how)}
 
 
