@@ -6,7 +6,7 @@
    p(r_1 .. r_K) = prod_k p(r_k | r_<k, condition). That makes 16 steps where next-token prediction takes 750.
 3. It trains in one pass under a block-wise causal mask: where it predicts scale k it sees the start token and the
    inputs of scales <= k, and the input of scale k is the sum of the scales BEFORE it.
-4. The condition is an embedding of a reference sound (CLAP); it is the start token and steers every block (AdaLN);
+4. The condition is an embedding of a reference sound (CLAP); it is the start token and steers every layer (AdaLN);
    it is dropped for 10% of the clips, so that classifier-free guidance (CFG) works.
 5. Two stages: train SAT (reconstruction, then discriminators), freeze it, train AAR (cross-entropy on its tokens).
 
@@ -47,14 +47,14 @@ from tqdm import tqdm
 
 # A quirk of some x86 processors: they start in a state in which expm1, of which ELUs are made, takes 6 to 13 times as long, until
 # a vectorised function like this one clears their registers' upper halves. Encoding takes half as long with it.
-torch.tanh(torch.ones(64, dtype=torch.bfloat16))
+torch.tanh(torch.ones(64, dtype=torch.bfloat16))                    # called for this effect alone
 
 # Linux's C library gives large blocks back as soon as they are free, and the next ones come as new pages, each cleared by the
-# system: a sixth of a training step. Keep them (glibc's M_MMAP_MAX, M_TRIM_THRESHOLD; other C libraries have no mallopt).
+# system, which costs up to a sixth of a training step. Keep them in this process; other C libraries than glibc have no mallopt.
 if sys.platform == "linux":
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, -1)
+        ctypes.CDLL(None).mallopt(-4, 0)                             # M_MMAP_MAX: no block for itself
+        ctypes.CDLL(None).mallopt(-1, -1)                            # M_TRIM_THRESHOLD: never give back
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ class SAT(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav):
-        """Waveform (B, 1, N) -> list of K tensors of tokens (B, s_k), int64 (Alg. 1)."""
+        """Waveform (B, 1, N) -> list of K tensors of tokens (B, s_k), int64, as many for any N (Alg. 1)."""
         return self.quantizer.quantize(self.latents(wav))[0]
 
     @torch.no_grad()
@@ -617,7 +617,8 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of the error in means of 4 samples, relative to the energy of the sound: spectra alone never teach phases.
+    """Energy of the error x - y in means of 4 samples, relative to the energy of x: spectra teach no phases, and the loss `time`
+    weighs too little to.
 
     x, y (B, 1, N); the added 1e-5 is -50 dB. Means of 4 samples at 24 kHz keep what is below about 3 kHz: means of 8 and of 2 gave
     worse sounds. Far above, where no phase can be guessed, a loss of waves would only make noise too quiet.
@@ -648,6 +649,7 @@ class Attention(nn.Module):
         """x (B, n, C) -> (B, n, C). `cache` (2, B, H, L, C/H) keeps keys and values, those of x from place `at` on."""
         B, n, C = x.shape
         q, k, v = self.qkv(x).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)     # each (B, H, n, C/H)
+        # q k^T is the cosine times the temperature: `attend` divides by no sqrt(d).
         q, k = unit(q, self.log_scale.clamp(max=math.log(100)).exp()), unit(k)
         if cache is not None:
             keys, values = cache
@@ -657,7 +659,7 @@ class Attention(nn.Module):
 
 
 def unit(x, length=1.0):
-    """Vectors x (..., C) made `length` long. F.normalize does the same, and takes twice as long to train on a CPU."""
+    """Vectors x (..., n) made `length` long, a number or a tensor. F.normalize takes twice the time to train on a CPU."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x * (length / norm.clamp(min=1e-12)).to(x.dtype)
 
@@ -665,7 +667,8 @@ def unit(x, length=1.0):
 def attend(q, k, v, mask=None):
     """softmax(q k^T) v, where query i sees key j if mask[i, j]. (B, H, n, C/H), twice (B, H, L, C/H) -> (B, H, n, C/H)."""
     if q.is_cpu and q.dtype == torch.bfloat16 and mask is not None and len(mask) <= 1024:
-        # Half the time of the fused kernel in training on a CPU; but it keeps the (L, L) squares that the fused one avoids.
+        # Half the time of the fused kernel in training on a CPU; but it keeps the (L, L) squares that the fused one avoids, hence
+        # the limit. Without autocast the softmax stays in bfloat16; its sums are float32 all the same.
         with autocast(q.device, on=False):
             return (q @ k.mT + torch.where(mask, 0.0, -torch.inf).to(q.dtype)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
@@ -723,7 +726,7 @@ class AAR(nn.Module):
         self.input = nn.Linear(config.latent, C)
         # Added to the inputs: which scale (not the "scale" of AdaLN) and which place of the sequence this is.
         self.level, self.position = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(L, C))
-        self.adaln = nn.Linear(C, (6 * config.depth + 2) * C)                  # of all blocks and the head
+        self.adaln = nn.Linear(C, (6 * config.depth + 2) * C)                  # of all layers and the head
         self.layers = nn.ModuleList(Layer(C, H) for _ in range(config.depth))
         self.head = nn.Linear(C, config.V)
         self.register_buffer("scale_of", torch.arange(K).repeat_interleave(torch.tensor(config.scales)), persistent=False)
@@ -1368,7 +1371,7 @@ def begin(args, kind, config, plan, parts, **run):
     for old in () if args.resume else (path, path.with_suffix(".wav"), path.with_suffix(".html")):
         if os.path.exists(old):
             raise UserError(f"{old} exists: add --resume to go on with {path}, or give another --out")
-    # Old and new checkpoint lie side by side for a moment, each with weights and two averages of them.
+    # Old and new checkpoint lie side by side for a moment, each with weights and at most two averages of their gradients.
     size = 6 * sum(t.nbytes for part in parts.values() if isinstance(part, nn.Module) for t in part.state_dict().values())
     try:
         tmp.touch()
@@ -1502,7 +1505,7 @@ def learning_rate(step, plan: TrainConfig):
 
 
 def orthogonal(G):
-    """Newton-Schulz: matrices G = U S V^T (M, m, n) -> about U V^T, all singular values near 1, in Muon's five rounds.
+    """Newton-Schulz: matrices G = U S V^T (M, m, n) -> about U V^T, all singular values about 0.7 to 1.2, in Muon's five rounds.
 
     A round is X <- P X with P = 3.4445 I - 4.7750 A + 2.0315 A^2 and A = X X^T, whereupon A becomes P A P. So the rounds need only
     the small squares A, and the product Q of all P meets the long X once. That is cheap enough for float32, where
@@ -1514,14 +1517,14 @@ def orthogonal(G):
         return P
     X = G.mT if G.shape[-2] > G.shape[-1] else G                                 # wide
     A = X @ X.mT
-    size = A.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-14)[..., None, None]    # |X|^2
+    size = A.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-14)[..., None, None]    # squared Frobenius norm
     A = A / size
     P = Q = polynomial(A)
     for _ in range(4):
         A = P @ A @ P
         P = polynomial(A)
         Q = P @ Q
-    X = Q * size.rsqrt() @ X
+    X = (Q * size.rsqrt()) @ X
     return X.mT if X.shape != G.shape else X
 
 
@@ -1529,7 +1532,7 @@ class Muon(torch.optim.Muon):
     """Muon (Jordan et al. 2024) for weights of any shape, each taken as a matrix (rows, the rest) or, with `rows`, as
     matrices of so many rows one below the other.
 
-    It makes all singular values of an update equal, so that quiet directions learn as fast as loud ones. The update of a
+    It makes all singular values of an update equal, so that directions of small gradients learn as fast as others. The update of a
     matrix has the size that AdamW's would have: both can share one learning rate.
     """
 
@@ -1663,7 +1666,8 @@ class Log:
             values = torch.stack(list(losses.values()))
             average([values])
             for part, value in zip(losses, values.tolist()):
-                check_finite(step, f"loss part {part!r}", value, f"on {', '.join(names)}")
+                if not math.isfinite(value):                          # only now: stage 2 must look its names up
+                    check_finite(step, f"loss part {part!r}", value, f"on {', '.join(names)}")
                 self.sums[part] = self.sums.get(part, 0.0) + value
             self.bar.set_postfix({part: f"{value:.3f}" for part, value in zip(losses, values.tolist())}, refresh=False)
         self.pending.clear()

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
@@ -852,6 +853,19 @@ def test_muon_equals_torch_s():
             optimizer.step()
     for a, b, c in zip(ours, others, start):
         assert (a - b).norm() <= 0.02 * (b - c).norm()
+
+
+def test_names_are_looked_up_only_when_a_loss_breaks():
+    """In stage 2 a name costs the reading of a file: the log asks for none as long as all losses are finite."""
+    asked = []
+    log = aar.Log(types.SimpleNamespace(set_postfix=lambda *_, **__: None), [])
+    for step in range(25):
+        log.add(step, (asked.append(i) or f"clip {i}" for i in range(3)), loss=torch.tensor(1.0), norm=torch.tensor(2.0))
+    log.flush()
+    assert not asked and log.sums == {"loss": 25.0, "norm": 50.0}
+    log.add(25, (f"clip {i}" for i in range(3)), loss=torch.tensor(1.0), norm=torch.tensor(math.nan))
+    with pytest.raises(aar.UserError, match="step 25: loss part 'norm' is nan on clip 0, clip 1, clip 2"):
+        log.flush()
 
 
 def test_each_player_learns_from_its_own_loss(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def build(config, lr, device):
     model = AAR(config).to(device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    # Muon takes 64 rows of a matrix at a time, in attention those of a head: its cost, the same at any batch, falls to a tenth.
+    # Muon takes 64 rows of a matrix at a time, in qkv those of a head: its cost, the same at any batch, falls to a tenth.
     return model, {"muon": aar.Muon(matrices, lr, rows=64), "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0,
                                                                                   fused=device.type != "meta")}
 

@@ -70,7 +70,8 @@ def main(argv=None):
 def build(config, lr, device):
     """A new tokenizer, its discriminators and the optimizers of both players."""
     sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
-    # AdamW takes the lengths of weight norm, and the LSTMs, whose large squares would make Muon a fifth of a step of `paper`.
+    # AdamW takes the lengths of weight norm (one number a row) and the LSTMs: for these large matrices Muon would cost a fifth of
+    # a step of `paper`.
     lstms = {p for module in sat.modules() if isinstance(module, torch.nn.LSTM) for p in module.parameters()}
     matrices = [p for p in sat.parameters() if p.numel() > len(p) and p not in lstms]
     rest = [p for p in sat.parameters() if p.numel() == len(p) or p in lstms]
