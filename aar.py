@@ -50,11 +50,11 @@ from tqdm import tqdm
 torch.tanh(torch.ones(64, dtype=torch.bfloat16))                    # called for this effect alone
 
 # Linux's C library gives large blocks back as soon as they are free, and the next ones come as new pages, each cleared by the
-# system, which costs up to a sixth of a training step. Keep those below 1 GiB; other C libraries than glibc have no mallopt.
+# system, which costs up to a sixth of a training step. Keep up to 2 GiB of them; other C libraries than glibc have no mallopt.
 if sys.platform == "linux":
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 2 ** 30)                       # M_MMAP_THRESHOLD: above it a block is given back
-        ctypes.CDLL(None).mallopt(-1, -1)                            # M_TRIM_THRESHOLD: never below
+        ctypes.CDLL(None).mallopt(-4, 0)                             # M_MMAP_MAX: all blocks come from the heap
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)                   # M_TRIM_THRESHOLD: more than this, free at its end, goes back
 
 
 # ---------------------------------------------------------------------------------------------------------------
