@@ -449,7 +449,10 @@ class SAT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 class Conv1d(nn.Conv1d):
-    """torch's, only faster on a CPU (about 15% of a step of stage 1): the channels of a sample lie side by side in memory."""
+    """torch's, only faster on a CPU (about 15% of a step of stage 1): the channels of a sample lie side by side in memory.
+
+    Strides and padding only, no dilation or groups: the codec has none.
+    """
 
     def forward(self, x):
         weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
@@ -477,7 +480,8 @@ def conv(kind, *args, gain=1.0, **kwargs):
     """Weight-normalised convolution whose weights start with variance (gain^2 / fan_in).
 
     That keeps the signal's size from layer to layer; with PyTorch's default it shrinks until all sounds look alike
-    to the quantizer. Only the discriminators have biases: encoder and decoder turn silence into silence.
+    to the quantizer. Only the discriminators have biases: encoder and decoder turn silence into silence. Where the codec
+    changes the rate (stride above 1, also upwards), the weights start as `filter_bank`.
     """
     module = kind(*args, bias=kind is Conv2d, **kwargs)
     taps = math.prod(module.kernel_size) * module.in_channels
@@ -1548,9 +1552,11 @@ class Muon(torch.optim.Muon):
         for w, matrix in zip(self.weights, group["params"]):
             if w.grad is not None:
                 grad, state = w.grad.flatten(1), self.state[matrix]
-                average = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
-                average.lerp_(grad, 1 - group["momentum"])
-                update = grad.lerp(average, group["momentum"]).unflatten(0, (-1, self.rows or len(matrix)))    # (blocks, rows, n)
+                if "momentum_buffer" not in state:                   # torch's name
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+                update = grad.lerp(state["momentum_buffer"], group["momentum"])                                # Nesterov's
+                update = update.unflatten(0, (-1, self.rows or len(matrix)))                                   # (blocks, rows, n)
                 matrix.add_(orthogonal(update).flatten(0, 1), alpha=-0.2 * group["lr"] * max(update.shape[1:]) ** 0.5)
 
 

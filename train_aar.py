@@ -66,8 +66,8 @@ def build(config, lr, device):
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
     # Muon takes 64 rows of a matrix at a time, in qkv those of a head: its cost, the same at any batch, falls to a tenth.
-    return model, {"muon": aar.Muon(matrices, lr, rows=64), "optimizer": torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0,
-                                                                                  fused=device.type != "meta")}
+    how = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type != "meta"}       # which has no fused one
+    return model, {"muon": aar.Muon(matrices, lr, rows=64), "optimizer": torch.optim.AdamW(rest, **how)}
 
 
 def train(args, sat, embedder, config, plan, device):
@@ -172,7 +172,7 @@ def validate(model, sat, tokens, cond):
 
 @torch.no_grad()
 def free_running(model, sat, f, cond):
-    """Accuracy per scale when the model reads its own likeliest codes: latents f (B, D, T), cond (B, cond_dim) -> (B, L).
+    """Whether each token is right when the model reads its own likeliest codes: latents f (B, D, T), cond (B, cond_dim) -> (B, L).
 
     Right is the code nearest to what is left of f after the scales so far; after true scales that is the true code, after
     wrong ones the code that best repairs them. So only what is read differs from the teacher-forced accuracy.

@@ -59,6 +59,8 @@ def main(argv=None):
     if args.phis is not None:
         config = dataclasses.replace(config, phis=args.phis)
     if args.rvq is not None:
+        if args.phis or args.schedule != "quadratic":
+            raise UserError("--rvq has no phi and no other schedule: leave out --phis and --schedule")
         config = dataclasses.replace(config, schedule="flat", n_scales=args.rvq, phis=0)
     if not 1 <= config.n_scales <= 1000 or not 0 <= config.phis <= config.n_scales:
         raise UserError(f"--rvq must be 1 to 1000, --phis 0 to {config.n_scales} (the number of scales); "
@@ -75,7 +77,7 @@ def build(config, lr, device):
     lstms = {p for module in sat.modules() if isinstance(module, torch.nn.LSTM) for p in module.parameters()}
     matrices = [p for p in sat.parameters() if p.numel() > len(p) and p not in lstms]
     rest = [p for p in sat.parameters() if p.numel() == len(p) or p in lstms]
-    how = {"betas": (0.8, 0.99), "weight_decay": 0.01, "fused": device.type != "meta"}
+    how = {"lr": lr, "betas": (0.8, 0.99), "weight_decay": 0.01, "fused": device.type != "meta"}       # which has no fused one
     return sat, discriminators, {"muon": aar.Muon(matrices, lr), "optimizer": torch.optim.AdamW(rest, **how),
                                  "d_optimizer": torch.optim.AdamW(discriminators.parameters(), **how)}
 
