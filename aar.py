@@ -3,7 +3,8 @@
 1. SAT, the tokenizer, turns 1 s of 24 kHz sound into T = 75 latent frames and quantises what is left of them at
    K = 16 growing resolutions, 1, 2, 4, ... 75: 455 tokens from coarse to fine, where residual VQ needs 750.
 2. AAR, the generator, is a transformer that predicts ALL tokens of one scale at once from all coarser scales:
-   p(r_1 .. r_K) = prod_k p(r_k | r_<k, condition). That makes 16 steps where next-token prediction takes 750.
+   p(r_1 .. r_K) = prod_k p(r_k | r_<k, condition). That makes 16 steps, where next-token prediction takes one for each
+   token.
 3. It trains in one pass under a block-wise causal mask: where it predicts scale k it sees the start token and the
    inputs of scales <= k, and the input of scale k is the sum of the scales BEFORE it.
 4. The condition is an embedding of a reference sound (CLAP); it is the start token and steers every layer (AdaLN);
@@ -164,7 +165,7 @@ def autocast(device, on=True):
 # ---------------------------------------------------------------------------------------------------------------
 
 def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
-    """The number of tokens s_1 .. s_n of each scale, from 1 to `frames`, never decreasing (Fig. 5).
+    """The number of tokens s_1 .. s_n of each scale, from 1 (flat: from `frames`) to `frames`, never decreasing (Fig. 5).
 
     quadratic: the square root of s_k grows evenly; linear: s_k grows evenly; log: the logarithm of s_k grows evenly;
     flat: `frames` at every scale, which turns MSRQ into the residual VQ baseline.
