@@ -131,10 +131,10 @@ class Preset:
 PRESETS = {
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4),
                    AARConfig(depth=3),
-                   TrainConfig(steps=3000, batch=8, lr=3e-3, adversarial_at=0.9),
+                   TrainConfig(steps=3000, batch=12, lr=3e-3, adversarial_at=0.9),
                    TrainConfig(steps=2000, batch=8, lr=3e-3, crops=4000)),
     "small": Preset(SATConfig(width=16, lstm=0, disc_width=8), AARConfig(depth=6),
-                    TrainConfig(steps=12000, batch=8, lr=3e-3, adversarial_at=0.9),
+                    TrainConfig(steps=20_000, batch=8, lr=3e-3, adversarial_at=0.9),
                     TrainConfig(steps=5000, batch=8, lr=1e-3, crops=16000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
