@@ -772,7 +772,7 @@ class AAR(nn.Module):
         """Condition (B, cond_dim), SAT.teacher_inputs (B, L - first, D) -> logits (B, L, V), all blocks in one pass."""
         if self.training:
             hide = torch.rand(len(cond) * world(), 1, device=cond.device) < self.config.cond_drop
-            hide = share(hide)                                                 # each training process its part of one draw
+            hide = shard(hide)                                                 # each training process its part of one draw
             cond = torch.where(hide, self.null, cond)
         start, mods, head = self.condition(cond)
         x = torch.cat([start.expand(-1, self.first, -1), self.input(teacher_inputs)], 1)
@@ -1571,14 +1571,14 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(x):
+def shard(x):
     """This process's equal part of a sequence that all processes have, the first process's first."""
     n = len(x) // world()
     return x[rank() * n:(rank() + 1) * n]
 
 
 def gather(x):
-    """The tensors x of all processes one after the other, which undoes `share`."""
+    """The tensors x of all processes one after the other, which undoes `shard`."""
     if world() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world())]

@@ -97,7 +97,7 @@ def train(args, sat, embedder, config, plan, device):
     log, stop = aar.Log(bar, history), aar.Stop()
     for step in bar:
         pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
-        pick = aar.share(pick)
+        pick = aar.shard(pick)
         lr = aar.learning_rate(step, plan)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
@@ -264,7 +264,7 @@ def tokenize(args, sat, embedder, data, n, name):
         except Exception:                                             # damaged or foreign: made anew
             pass
     device, tokens, cond = next(sat.parameters()).device, [], []
-    clips = aar.share([i % n for i in range(n + -n % aar.world())])   # as many for each process
+    clips = aar.shard([i % n for i in range(n + -n % aar.world())])   # as many for each process
     for wav, _ in aar.progress(aar.batches(data, 16, clips), total=math.ceil(len(clips) / 16), desc=f"{name} tokens", unit="batch"):
         wav = wav.to(device)
         tokens.append(torch.cat(sat.encode(wav), 1).cpu())

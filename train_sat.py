@@ -100,7 +100,7 @@ def train(args, config, plan, device):
 
     bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
     log, stop = aar.Log(bar, history), aar.Stop()                     # before the workers, which must not die of Ctrl-C
-    clips = (i for step in range(start, plan.steps) for i in aar.share(range(step * plan.batch, (step + 1) * plan.batch)))
+    clips = (i for step in range(start, plan.steps) for i in aar.shard(range(step * plan.batch, (step + 1) * plan.batch)))
     loader = aar.batches(data, plan.batch // aar.world(), clips)
     for step in bar:
         wav, names = log.wait(loader)
@@ -110,7 +110,7 @@ def train(args, config, plan, device):
             optimizer.param_groups[0]["lr"] = lr
         if step == quantize_at:
             # Start the codebooks on the first V clips, so that scale 1, one vector a clip, has one for each code.
-            first = aar.batches(data, plan.batch, aar.share(range(config.V)))
+            first = aar.batches(data, plan.batch, aar.shard(range(config.V)))
             with torch.no_grad():
                 sat.quantizer.quantize(torch.cat([sat.latents(x.to(device)) for x, _ in first]), kmeans=True)
         losses = train_step(sat, discriminators, optimizers, mel_loss, wav.chunk(args.accumulate),
