@@ -1,288 +1,334 @@
 """Stage 2: train the generator AAR on the tokens of a trained SAT, on the same sounds.
 
     python train_aar.py --data wavs/ --sat sat.pt --out aar.pt                    train
-    python train_aar.py --data wavs/ --sat sat.pt --eval aar.pt --cfg 0 2 4       measure on the held-back clips, once per guidance
+    python train_aar.py --data wavs/ --sat sat.pt --eval aar.pt --cfg 0 2 4       measure on the held-back clips
 """
-import argparse
-import dataclasses
-import hashlib
+import importlib.util
 import itertools
-import math
-import os
-import time
+import json
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
 
 import aar
-import sample
-from aar import AAR, PRESETS
+import train_sat
+from aar import AAR, UserError
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", help="folder of sound files (default: built-in toy sounds)")
-    p.add_argument("--preset", choices=PRESETS, help="default: paper with CUDA, else tiny")
-    p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1 (default: sat.pt)")
-    p.add_argument("--out", default="aar.pt", help="checkpoint to write (default: aar.pt)")
+    p = train_sat.common_arguments(__doc__, "aar.pt")
+    p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1, ours or the authors' (default: sat.pt)")
     p.add_argument("--embedder", choices=["mel", "clap"], default="mel", help="what makes the condition (default: mel)")
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, for --embedder clap")
     p.add_argument("--next-token", action="store_true", help="the baseline: one token per step")
-    p.add_argument("--steps", type=int, help="default: the preset's")
-    p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
-    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="take the batch in N parts: less memory, same result")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
-    p.add_argument("--eval", metavar="CHECKPOINT", help="train nothing, measure this checkpoint on the held-back clips")
-    p.add_argument("--cfg", type=float, nargs="+", default=[6.0], help="for --eval: guidance, as in sample.py; each value is measured")
+    p.add_argument("--eval", metavar="FILE", help="train nothing; measure on the held-back clips")
+    p.add_argument("--cfg", type=float, nargs="+", default=[4.0], help="for --eval: guidance; each value is measured")
     p.add_argument("--top-k", type=int, nargs="+", default=[0], help="for --eval, likewise")
     p.add_argument("--top-p", type=float, nargs="+", default=[0.8], help="for --eval, likewise")
-    p.set_defaults(command=sample.command("train_aar.py", argv))
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = arguments(argv)
-    device = aar.pick_device(args.device)
-    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
-    plan = aar.plan_from(preset.train_aar, args)
+    device, preset = train_sat.begin(args)
     if args.eval:
         return evaluate(args, device)
     sat = aar.load_sat(args.sat, device)
-    embedder = aar.build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
-    config = dataclasses.replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
-                                 cond_dim=embedder.dim, next_token=args.next_token)
-    with aar.alone(args.out):
-        train(args, sat, embedder, config, plan, device)
+    embedder = build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
+    config = aar.load_aar(args.init, sat).config if args.init else replace(
+        preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V, next_token=args.next_token)
+    train(args, sat, embedder, config, train_sat.changed(preset.train_aar, args), device)
 
 
-def build(config, lr, device):
-    """A new generator and its optimizer."""
-    model = AAR(config).to(device)
-    matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    # Muon takes 64 rows of a matrix at a time, in qkv those of a head: its cost, the same at any batch, falls to a tenth.
-    how = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type != "meta"}       # which has no fused one
-    return model, {"muon": aar.Muon(matrices, lr, rows=64), "optimizer": torch.optim.AdamW(rest, **how)}
+# --- The condition: what the generator is told about the sound ---------------------------------------------------
+
+class MelEmbedder(nn.Module):
+    """Download-free stand-in for CLAP, from 32 mel cepstra over time: (B, 1, N) -> (B, 512) of unit length."""
+
+    def __init__(self, sample_rate):
+        super().__init__()
+        self.mel = aar.Mel(sample_rate, 1024, 64)
+        i = torch.arange(32)[:, None]
+        dct = torch.cos(i * (torch.arange(64) + 0.5) * np.pi / 64)                      # (32, 64)
+        self.register_buffer("time", dct[:14].T / 64)                # saved: the fingerprint changes with it
+        self.register_buffer("pitch", dct * (i + 1).sqrt())
+
+    @torch.no_grad()
+    def forward(self, wav):
+        x = self.mel.dB(wav) / 80 + 1                                # (B, 64, frames)
+        c = self.pitch @ (x - x.mean((1, 2), keepdim=True))          # (B, 32, frames)
+        when = F.interpolate(c, size=64, mode="linear") @ self.time  # 14 cosine coefficients of each
+        much = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
+        return F.normalize(torch.cat([when, much], 2).flatten(1), dim=-1)
 
 
-def train(args, sat, embedder, config, plan, device):
-    """Train AAR by `plan`; writes args.out and, beside it, a wave file of references and generated sounds and a page."""
-    torch.manual_seed(args.seed)
-    model, optimizers = build(config, plan.lr, device)
-    parts = {"aar": model} | optimizers
-    run = {"seed": args.seed, "data": args.data and os.path.basename(os.path.realpath(args.data)), "sat": aar.fingerprint(sat),
-           "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
-    start, history = aar.begin(args, "aar", config, plan, parts, **run)
-    if start == plan.steps:
-        return
-    data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
-    print(f"device {device}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {data}, "
-          f"{sum(config.scales)} tokens, {'next-token' if config.next_token else 'next-scale'}")
-    tokens, cond = tokenize(args, sat, embedder, data, min(plan.crops, plan.steps * plan.batch), "training")
-    held = tokenize(args, sat, embedder, held_back, len(held_back), "validation")
-    unigram = unigram_loss(tokens, held[0], config.V)
-    print(f"ln V = {math.log(config.V):.3f} is the loss of guessing; knowing only how often each code stands at each place: "
-          f"{unigram.mean():.2f}, per scale " + " ".join(f"{x:.2f}" for x in per_scale(unigram, config.scales)))
-
-    # The few coarse tokens decide what the sound is: a token of scale k weighs 1 / sqrt(s_k).
-    weight = torch.cat([torch.full((s,), s ** -0.5) for s in config.scales]).to(device)
-    weight /= weight.mean()
-
-    bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
-    log, stop = aar.Log(bar, history), aar.Stop()
-    for step in bar:
-        pick = torch.from_numpy(np.random.default_rng((args.seed, step)).integers(len(tokens), size=plan.batch))
-        pick = aar.shard(pick)
-        lr = aar.learning_rate(step, plan)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr
-        loss, norm = train_step(model, sat, optimizers, weight, [(tokens[i].to(device), cond[i].to(device))
-                                                                 for i in pick.chunk(args.accumulate)])
-        log.add(step, (data[i][1] for i in pick.tolist()), loss=loss, norm=norm)
-
-        if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
-            log.flush()                                               # a broken loss stops here, before it is drawn from
-            scores = validate(model, sat, *held)
-            for name, value in scores.items():                        # nor is one kept that this step has broken
-                aar.check_finite(step, name, value)
-            heard = torch.stack([held_back[i][0] for i in range(min(4, len(held_back)))])
-            y = listen(model, sat, held[1][:len(heard)])
-            log.write(step + 1, y, **scores)
-            aar.save_checkpoint(args.out, "aar", config, plan, step + 1, log.history, parts, **run)
-            with aar.spare():
-                aar.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, sat.config.sample_rate)
-                sample.training_page(args, "Stage 2: the generator", log.history, heard, sat.config, config, plan)
-            if stop.asked:
-                raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
+GET_CLAP = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
 
 
-def train_step(model, sat, optimizers, weight, parts):
-    """One step on a batch of tokens and conditions, given in equal parts (r, cond) whose gradients add up.
+def laion_clap(size):
+    """laion-clap's audio transformer with random weights; size "tiny" or "base"."""
+    if (spec := importlib.util.find_spec("laion_clap")) is None:
+        raise UserError("laion_clap is not installed: see README.md")
+    folder = Path(spec.origin).parent / "clap_module"
+    # `import laion_clap` asks the network for tokenizers, for minutes: import its audio file below an empty package,
+    # with stand-ins for the two helpers whose file imports h5py and torchvision; they touch no embedding.
+    sys.modules.setdefault("_clap", types.ModuleType("_clap")).__path__ = [str(folder)]
+    sys.modules["_clap.utils"] = types.SimpleNamespace(do_mixup=None, interpolate=lambda x, ratio: x)
+    config = json.loads((folder / f"model_configs/HTSAT-{size}.json").read_text())["audio_cfg"]
+    return importlib.import_module("_clap.htsat").create_htsat_model(types.SimpleNamespace(**config))
 
-    Returns the loss of the batch and the length of its gradient.
-    """
-    total = 0.0
-    model.zero_grad()
-    for r, cond in parts:
-        loss = losses(model, sat, r, cond)[0]
-        ((loss * weight).mean() / len(parts)).backward()
-        total += loss.mean().detach() / len(parts)
-    norm = aar.clip_gradients(model)
-    for optimizer in optimizers.values():
-        optimizer.step()
-    return total, norm
+
+def projection(width):
+    """The layers between the audio or text half of CLAP and the shared 512 numbers."""
+    return nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 512))
+
+
+class CLAP(nn.Module):
+    """Frozen laion-clap (arXiv 2211.06687) from a file: sounds and sentences that fit get close vectors."""
+
+    @torch.random.fork_rng(devices=[])                               # the first, random weights leave the seed alone
+    def __init__(self, path, sample_rate):
+        super().__init__()
+        self.path, self.sample_rate = Path(path), sample_rate
+        scalar = np.float64(0).__reduce__()[0]                       # the published files hold scalars of either numpy
+        safe = [np.dtype, *(type(np.dtype(t)) for t in "fdl"),
+                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+        try:
+            with torch.serialization.safe_globals(safe):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {name.removeprefix("module."): x for name, x in state.get("state_dict", state).items()}
+            width = len(state["audio_branch.patch_embed.proj.bias"])
+            if any("fusion_model" in name or "mel_conv" in name for name in state):
+                raise ValueError("a fusion checkpoint")
+            self.tensors = {name: x for name, x in state.items() if not name.endswith("position_ids")}
+            self.audio_branch = self.part("audio_branch", laion_clap("tiny" if width == 96 else "base"))
+            self.audio_projection = self.part("audio_projection", projection(8 * width))
+        except Exception as e:                                       # a broken file can raise nearly anything
+            raise UserError(f"--clap {path}: no CLAP that fits ({type(e).__name__}: {str(e)[:80]}); {GET_CLAP}")
+
+    def part(self, name, module):
+        """The module with the tensors `name`.*, frozen."""
+        module.load_state_dict({k[len(name) + 1:]: x for k, x in self.tensors.items() if k.startswith(name + ".")})
+        return module.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, wav):
+        """Waveform (B, 1, N) -> (B, 512), unit length; only the first 10 s count."""
+        import soxr
+        x = soxr.resample(wav.squeeze(1).T.float().cpu().numpy(), self.sample_rate, 48000)
+        x = torch.from_numpy(x.T).to(wav.device)[:, :480000]
+        x = x.repeat(1, 480000 // x.shape[1])                        # as it was trained: whole repeats, then silence
+        x = self.audio_branch({"waveform": F.pad(x, (0, 480000 - x.shape[1]))}, device=x.device)["embedding"]
+        return F.normalize(self.audio_projection(x), dim=-1)
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """A list of P sentences -> (P, 512), unit length; only the first 77 tokens of each count."""
+        from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+        device, folder = self.audio_projection[0].weight.device, self.path.resolve().parent
+        try:
+            tokenizer = RobertaTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception:                                            # no files, or broken ones
+            tokenizer = ()
+        if len(tokenizer) != 50265:                                  # without words all prompts would be the same
+            raise UserError(f"CLAP's tokenizer has {len(tokenizer)} of its 50265 tokens: get vocab.json and merges.txt "
+                            f"from https://huggingface.co/roberta-base and put both into {folder}")
+        try:
+            width = self.tensors["text_branch.embeddings.word_embeddings.weight"].shape[1]
+            layers = sum("text" in name and name.endswith("intermediate.dense.weight") for name in self.tensors)
+            branch = self.part("text_branch", RobertaModel(RobertaConfig(
+                hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, type_vocab_size=1,
+                intermediate_size=4 * width, max_position_embeddings=514, layer_norm_eps=1e-5))).to(device)
+            project = self.part("text_projection", projection(width)).to(device)
+        except (KeyError, RuntimeError):
+            raise UserError(f"--clap {self.path}: has no whole text half; {GET_CLAP}")
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(device)
+        return F.normalize(project(branch(tokens.input_ids, tokens.attention_mask).pooler_output), dim=-1)
+
+
+def build_embedder(kind, sample_rate, clap=None, trained_with=None):
+    """The embedder "mel" or "clap". Raises UserError if it is not the one that a generator was `trained_with`."""
+    if kind == "clap" and clap is None:
+        raise UserError(f"the embedder clap needs a checkpoint: {GET_CLAP}")
+    embedder = CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)
+    if trained_with not in (None, aar.fingerprint(embedder)):
+        raise UserError("the generator was trained with another version of the mel embedder: train it anew"
+                        if kind == "mel" else f"--clap {clap}: not the checkpoint that the generator was trained with")
+    return embedder.eval()
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+def tokenize(cache, key, sat, embedder, data, n):
+    """Tokens (n, L) int16 and conditions (n, cond_dim) of the first n windows; kept in the file `cache` under `key`."""
+    try:
+        state = torch.load(cache, weights_only=True)
+        if state["key"] == key:
+            return state["tokens"], state["cond"]
+    except Exception:                                                # no cache yet, or a damaged one
+        pass
+    device, tokens, cond = next(sat.parameters()).device, [], []
+    for wav in tqdm(train_sat.batches(data, 16, range(n)), "tokens", -(-n // 16), unit="batch"):
+        tokens.append(torch.cat(sat.encode(wav.to(device)), 1).short().cpu())
+        cond.append(embedder(wav.to(device)).cpu())                  # the window that is tokenized is embedded
+    tokens, cond = torch.cat(tokens), torch.cat(cond)
+    aar.save(cache, {"key": key, "tokens": tokens, "cond": cond})
+    return tokens, cond
 
 
 def losses(model, sat, r, cond):
-    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token and whether it is the likeliest, (B, L) both."""
+    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token, and if it is the likeliest, both (B, L)."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
-    with aar.autocast(r.device):
+    with aar.autocast(r.device, aar.fast_dtype(r.device)):
         logits = model(cond, teacher_inputs)
-    return F.cross_entropy(logits.transpose(1, 2), r, reduction="none"), logits.argmax(-1) == r
+    return F.cross_entropy(logits.mT, r, reduction="none"), logits.argmax(-1) == r
+
+
+def train_step(model, sat, optimizers, r, cond):
+    """One step on tokens r (B, L) and conditions (B, cond_dim); returns the losses, {name: tensor}."""
+    model.zero_grad()
+    loss = losses(model, sat, r, cond)[0]
+    # The few coarse tokens decide what the sound is: a token of scale k weighs 1 / sqrt(s_k).
+    weight = torch.cat([loss.new_full((s,), s ** -0.5) for s in model.config.scales])
+    (loss * weight / weight.mean()).mean().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {"loss": loss.detach().mean(), "norm": norm}
+
+
+def build(config, sat, device, init=None):
+    """A generator, its optimizers and their learning rate."""
+    model = (aar.load_aar(init, sat, device) if init else AAR(config).to(device)).train()
+    lr = torch.zeros((), device=device)
+    matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return model, {"muon": train_sat.Muon(matrices, lr), "adamw": train_sat.adamw(rest, lr, (0.9, 0.95))}, lr
+
+
+def train(args, sat, embedder, config, plan, device):
+    """Train AAR; writes args.out, and beside it the curves and a wave file of references and generated sounds."""
+    torch.manual_seed(args.seed)
+    model, optimizers, lr = build(config, sat, device, args.init)
+    data, held_back, key = train_sat.sounds(args.data, sat.config, args.seed)
+    data.augment = True                                              # half an hour of sound is soon learned by heart
+    made_of = {"sounds": key, "sat": aar.fingerprint(sat), "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
+    run = train_sat.Run(args, "aar", config, plan, {"aar": model} | optimizers, lr, **made_of)
+    n = int(min(plan.steps * plan.batch, plan.crops, 20 * sum(seconds for _, seconds in data.files)))
+    print(f"{n} clips, next-{'token' if config.next_token else 'scale'}; guessing costs ln V = {np.log(config.V):.2f}")
+    cache, name = Path(args.out), repr((made_of, args.seed))
+    tokens, cond = tokenize(cache.with_suffix(".tokens.pt"), f"{name} {n}", sat, embedder, data, n)
+    held = tokenize(cache.with_suffix(".held.pt"), name, sat, embedder, held_back, len(held_back))
+    heard = torch.stack([held_back[i] for i in range(min(4, len(held_back)))]).to(device)
+    if device.type == "cuda" and plan.steps >= 1000:                 # memory traffic is the limit: fuse the kernels
+        torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
+        for layer in model.layers:
+            layer.compile()
+    one_step = aar.graphed(lambda r, cond: train_step(model, sat, optimizers, r, cond))
+    for _ in run.steps():
+        pick = torch.randint(n, (plan.batch,))
+        run.add(one_step(tokens[pick].to(device), cond[pick].to(device)))
+        if run.due:
+            with torch.compiler.set_stance("force_eager"):           # compiled are the shapes of training only
+                model.eval()
+                run.write(**validate(model, sat, *held))
+                y = sat.decode(model.generate(held[1][:len(heard)].to(device), sat))
+                train_sat.save_in_turn(cache.with_suffix(".wav"), heard, y, sat.config.sample_rate)
+                model.train()
 
 
 def per_scale(x, scales):
-    """Mean over the tokens of each scale: (B, L) or (L,) -> list of K numbers."""
+    """Mean over the tokens of each scale: (B, L) -> list of K numbers."""
     return [part.float().mean().item() for part in x.split(list(scales), -1)]
-
-
-def unigram_loss(tokens, held_back, V):
-    """Cross-entropy of held-back tokens (n, L) under the counts (plus one) of each code at each place: (L,)."""
-    counts = 1.0 + torch.stack([torch.bincount(place, minlength=V) for place in tokens.T])          # (L, V)
-    return -(counts / counts.sum(1, keepdim=True)).log().gather(1, held_back.T.long()).mean(1)
 
 
 @torch.no_grad()
 def validate(model, sat, tokens, cond):
-    """Teacher-forced on held-back clips: mean loss, and per scale the loss and how often the likeliest code is right."""
+    """Teacher-forced on held-back clips: mean loss; per scale the loss and how often the likeliest code is right."""
     device = next(model.parameters()).device
-    model.eval()
     parts = [losses(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))]
-    model.train()
     loss, right = (torch.cat(part) for part in zip(*parts))
     return {"held_back": loss.mean().item(), "per_scale": per_scale(loss, model.config.scales),
             "accuracy": per_scale(right, model.config.scales)}
 
 
+# --- Measures of a generator -------------------------------------------------------------------------------------
+
+def frechet(a, b):
+    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of embeddings (n, C), (m, C) (FAD, arXiv 1812.08466).
+
+    With X^T X = S the trace of the root is the sum of the singular values of X_a X_b^T, also where S has no inverse.
+    """
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a Frechet distance needs at least 2 sounds on either side, got {len(a)} and {len(b)}")
+    a, b = a.double(), b.double()
+    A, B = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.square().sum() + B.square().sum()
+            - 2 * torch.linalg.matrix_norm(A @ B.T, "nuc")).item()
+
+
+def ranks(y, references):
+    """The rank of its own reference for each generated sound, (n,), by similarity of embeddings (n, C) and (n, C)."""
+    similarity = y @ references.T
+    return (similarity >= similarity.diag()[:, None]).sum(1)         # ties count against it
+
+
 @torch.no_grad()
 def free_running(model, sat, f, cond):
-    """Whether each token is right when the model reads its own likeliest codes: latents f (B, D, T), cond (B, cond_dim) -> (B, L).
-
-    Right is the code nearest to what is left of f after the scales so far; after true scales that is the true code, after
-    wrong ones the code that best repairs them. So only what is read differs from the teacher-forced accuracy.
-    """
-    r, right = model.generate(cond, sat, cfg=0, top_k=1), []
-
-    def choose(k, f_hat):
-        quantizer = sat.quantizer
-        right.append(quantizer.codebooks[k].nearest(quantizer.read(k, f - f_hat)) == r[k])
-        return r[k]
-    sat.quantizer.walk(choose)
+    """Whether each of the model's own likeliest codes is the nearest to what is left of latents f (B, D, T): (B, L)."""
+    f_hat, right = torch.zeros_like(f), []
+    for k, r_k in enumerate(model.generate(cond, sat, cfg=0, top_k=1)):
+        right.append(sat.quantizer.codebooks[k].nearest(aar.down(f - f_hat, sat.config.scales[k]).mT) == r_k)
+        f_hat = sat.quantizer.add(f_hat, k, r_k)
     return torch.cat(right, 1)
-
-
-def ranks(y, references, n=100):
-    """Which rank its own reference has for each generated sound, (N,), by similarity of embeddings (N, C) and (N, C).
-
-    The candidates are the n references from its own on, in a circle. Ties count against it: silence is not like everything.
-    """
-    N = len(references)
-    candidates = (torch.arange(N)[:, None] + torch.arange(min(n, N))) % N                          # (N, n), its own first
-    similarity = (references[candidates] @ y[:, :, None]).squeeze(2)
-    return 1 + (similarity[:, 1:] >= similarity[:, :1]).sum(1)
 
 
 @torch.no_grad()
 def evaluate(args, device):
-    """Print what a generator makes of the conditions of held-back clips, beside real sounds, reconstructions and noise."""
-    settings = list(itertools.product(args.cfg, args.top_k, args.top_p))
+    """Print how near generated sounds come to held-back clips and to their own reference, and what each scale costs."""
     sat = aar.load_sat(args.sat, device)
-    for setting in settings:
-        aar.check_drawing(sat.config.V, *setting)
-    model, kind, trained_with = aar.load_aar(args.eval, sat, device)
-    model.prepare()
-    embedder = aar.build_embedder(kind, sat.config.sample_rate, args.clap, trained_with).to(device)
-    data, held_back = (aar.sounds(args.data, sat.config, args.seed, held_back=h) for h in (False, True))
-    n = min(len(held_back), 1000)
+    model = aar.load_aar(args.eval, sat, device)
+    kind, scales = model.embedder["kind"], sat.config.scales
+    embedder = build_embedder(kind, sat.config.sample_rate, args.clap, model.embedder.get("fingerprint")).to(device)
+    data, held_back, _ = train_sat.sounds(args.data, sat.config, args.seed)
+    n = len(held_back)
 
     def batched(function, *inputs):
-        return torch.cat([function(*(x.to(device) for x in part)).cpu() for part in zip(*(x.split(16) for x in inputs))])
+        parts = zip(*(x.split(16) for x in inputs))
+        return torch.cat([function(*(x.to(device) for x in part)).cpu() for part in parts])
 
-    def row(name, y, seconds=""):
-        rank = ranks(y, cond)
-        print(f"| {name} | {aar.frechet(y, cond):.3f} | {(y * cond).sum(1).mean():.2f} | {rank.float().mean():.1f} | "
-              f"{(rank == 1).float().mean():.0%} | {seconds} |", flush=True)
+    def row(name, wav, references):
+        y = batched(embedder, wav)
+        rank = ranks(y, references)
+        print(f"| {name} | {frechet(y, cond):.3f} | {(y * references).sum(1).mean():.2f} | {rank.float().median():.0f} "
+              f"| {(rank <= 10).float().mean():.0%} | {(rank == 1).float().mean():.0%} |", flush=True)
 
-    waves, names = zip(*aar.batches(held_back, 16, range(n)))
-    wav = torch.cat(waves)
-    cond = batched(embedder, wav)
-    tokens = batched(lambda x: torch.cat(sat.encode(x), 1), wav)
-    waves, more_names = zip(*aar.batches(data, 16, range(n)))
-    training = torch.cat([batched(embedder, x) for x in waves])
-
-    print(f"device {device}, {args.eval}, {n} held-back clips, and in each line as many; embedder {kind}: "
-          + aar.neighbours(torch.cat([cond, training]), sum((*names, *more_names), ())))
-    aar.warn_of_few(n, embedder.dim)
-    print(f"| | Frechet | similarity | rank of {min(n, 100)} | first | s per clip |\n| --- |" + " ---: |" * 5)
-    row("training clips", training)
-    row("reconstructions", batched(lambda r: embedder(sat.decode(r.split(sat.config.scales, 1))), tokens))
-    row("white noise", batched(embedder, wav.std(-1, keepdim=True) * torch.randn_like(wav)))
-    for cfg, top_k, top_p in settings:
-        generator = torch.Generator(device).manual_seed(args.seed)
-        since = time.perf_counter()
-        y = batched(lambda c: sat.decode(model.generate(c, sat, cfg, top_k, top_p, generator)), cond)
-        seconds = (time.perf_counter() - since) / n
-        row(f"cfg {cfg:g}, top-k {top_k}, top-p {top_p:g}", batched(embedder, y), f"{seconds:.3f}")
-
-    own = per_scale(batched(lambda x, c: free_running(model, sat, sat.latents(x), c), wav, cond), sat.config.scales)
-    scores = validate(model, sat, tokens, cond)
-    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n\n| scale | loss | accuracy | free-running |\n" + "| ---: " * 4 + "|")
-    for s, loss, right, right_own in zip(sat.config.scales, scores["per_scale"], scores["accuracy"], own):
-        print(f"| {s} | {loss:.2f} | {right:.1%} | {right_own:.1%} |")
-
-
-@torch.no_grad()
-def tokenize(args, sat, embedder, data, n, name):
-    """Tokens (n, L) int16 and conditions (n, cond_dim) of the first n windows; the same window is tokenised and embedded.
-
-    They are kept in a file beside the checkpoint and made anew when the tokenizer, the embedder or the sounds changed.
-    """
-    cache = Path(args.out).with_suffix(f".{name}.pt")
-    key = repr((aar.fingerprint(sat), args.embedder, aar.fingerprint(embedder), n, data.key()))
-    key = hashlib.sha1(key.encode()).hexdigest()
-    if cache.is_file():
-        try:
-            state = aar.load(cache)
-            if state["key"] == key:
-                return state["tokens"], state["cond"]
-        except Exception:                                             # damaged or foreign: made anew
-            pass
-    device, tokens, cond = next(sat.parameters()).device, [], []
-    clips = aar.shard([i % n for i in range(n + -n % aar.world())])   # as many for each process
-    for wav, _ in aar.progress(aar.batches(data, 16, clips), total=math.ceil(len(clips) / 16), desc=f"{name} tokens", unit="batch"):
-        wav = wav.to(device)
-        tokens.append(torch.cat(sat.encode(wav), 1).cpu())
-        cond.append(embedder(wav).cpu())
-    tokens, cond = aar.gather(torch.cat(tokens))[:n].short(), aar.gather(torch.cat(cond))[:n]
-    with aar.spare():
-        aar.save(cache, {"key": key, "tokens": tokens, "cond": cond})
-    return tokens, cond
-
-
-def listen(model, sat, cond):
-    """What the generator makes now of conditions (n, cond_dim): sounds (n, 1, N)."""
-    device = next(model.parameters()).device
-    model.eval()
-    y = sat.decode(model.generate(cond.to(device), sat, generator=torch.Generator(device).manual_seed(0)))
-    model.train()
-    return y
+    wav, trained = (torch.stack([part[i] for i in range(n)]) for part in (held_back, data))
+    cond, trained_cond = batched(embedder, wav), batched(embedder, trained)
+    print(f"| {args.eval} | Frechet | similarity | median rank of {n} | top 10 | first |\n| --- |" + " ---: |" * 5)
+    row("training clips", trained, cond)
+    row("white noise", wav.std(-1, keepdim=True) * torch.randn_like(wav), cond)
+    row("reconstructions", batched(lambda x: sat.decode(sat.encode(x)), wav), cond)
+    for setting in itertools.product(args.cfg, args.top_k, args.top_p):
+        for name, references in (("", cond), (", of training clips", trained_cond)):
+            generator = torch.Generator(device).manual_seed(args.seed)
+            y = batched(lambda c: sat.decode(model.generate(c, sat, *setting, generator)), references)
+            row("cfg {:g}, top-k {}, top-p {:g}".format(*setting) + name, y, references)
+    right = per_scale(batched(lambda x, c: free_running(model, sat, sat.latents(x), c), wav, cond), scales)
+    scores = validate(model, sat, batched(lambda x: torch.cat(sat.encode(x), 1), wav), cond)
+    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n")
+    print("| scale | loss | accuracy | free-running |\n" + "| ---: " * 4 + "|")
+    for s, loss, forced, free in zip(scales, scores["per_scale"], scores["accuracy"], right):
+        print(f"| {s} | {loss:.2f} | {forced:.1%} | {free:.1%} |")
 
 
 if __name__ == "__main__":
-    aar.command_line(main)
+    train_sat.run(main)

@@ -1,257 +1,459 @@
 """Stage 1: train the tokenizer SAT on a folder of sounds, or without --data on the built-in toy sounds.
 
-    python train_sat.py --data wavs/ --out sat.pt          train
-    python train_sat.py --data wavs/ --eval sat.pt opus:12 a table of checkpoints, and of Opus, on the held-back clips
+    python train_sat.py --data wavs/ --out sat.pt            train
+    python train_sat.py --data wavs/ --eval sat.pt other.pt  measure checkpoints on the held-back clips
 """
 import argparse
-import dataclasses
-import io
-import math
 import os
+import signal
+import sys
+import time
+import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
+from torch import nn
+from tqdm import tqdm
 
 import aar
-import sample
 from aar import PRESETS, SAT, Discriminators, Mel, MelLoss, UserError
 
-# What each part of the loss weighs: the released configuration, and "wave", which is not in the paper.
+# Weights of the losses: the released configuration, and "wave", which is not in the paper.
 WEIGHTS = {"time": 0.1, "wave": 5.0, "mel": 1.0, "vq": 1.0, "adversarial": 3.0, "feature": 3.0}
+SUFFIXES = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split()
+TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
+BOUNDS = {"steps": (1, 1e9), "batch": (1, 1e6), "lr": (1e-9, 1), "seed": (0, 2 ** 31 - 1), "adversarial_at": (0, 1),
+          "seconds": (0.25, 60), "phis": (0, 16), "rvq": (1, 100), "n": (1, 1e6), "scales": (1, 1e6), "cfg": (0, 100),
+          "top_k": (0, 1e6), "top_p": (1e-9, 1)}                     # what the numbers of all command lines may be
+
+
+def common_arguments(description, out):
+    """The parser with what both stages understand."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", help="folder of sound files (default: built-in toy sounds)")
+    p.add_argument("--preset", choices=PRESETS, help="sizes and plan (default: base with CUDA, else tiny)")
+    p.add_argument("--out", default=out, help=f"checkpoint to write (default: {out})")
+    p.add_argument("--steps", type=int, help="default: the preset's")
+    p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
+    p.add_argument("--seed", type=int, default=0, help="of weights, windows and steps (default: 0)")
+    p.add_argument("--device", help="default: cuda, else mps, else cpu")
+    p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
+    p.add_argument("--init", metavar="FILE", help="start from the weights of a checkpoint, ours or the authors'")
+    return p
 
 
 def arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", help="folder of sound files (default: built-in toy sounds)")
-    p.add_argument("--preset", choices=PRESETS, help="default: paper with CUDA, else tiny")
-    p.add_argument("--out", default="sat.pt", help="checkpoint to write (default: sat.pt)")
-    p.add_argument("--steps", type=int, help="default: the preset's")
-    p.add_argument("--batch", type=int, help="clips per step (default: the preset's)")
-    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="take the batch in N parts: less memory, same result")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: the preset's)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", help="default: cuda, else mps, else cpu")
-    p.add_argument("--resume", action="store_true", help="go on from --out exactly where it stopped")
-    p.add_argument("--schedule", default="quadratic", choices=["quadratic", "linear", "log"], help="scales, Fig. 5")
-    p.add_argument("--seconds", type=float, default=1.0, help="length of the window, of which a sound becomes tokens (default: 1)")
-    p.add_argument("--rvq", type=int, nargs="?", const=10, metavar="LEVELS",
-                   help="the baseline: residual VQ, LEVELS (default: 10) of all frames, no phi")
-    p.add_argument("--phis", type=int, metavar="N", help="convolutions phi; 0: none (default: the preset's)")
-    p.add_argument("--adversarial-at", type=float, metavar="SHARE",
-                   help="the discriminators join after this share of the steps; 1: never (default: the preset's)")
-    p.add_argument("--eval", metavar="CHECKPOINT", nargs="+",
-                   help="train nothing, measure checkpoints and, as opus:KBITS, the Opus codec on the held-back clips")
-    p.set_defaults(command=sample.command("train_sat.py", argv))
+    p = common_arguments(__doc__, "sat.pt")
+    p.add_argument("--seconds", type=float, help="length of the window that becomes tokens (default: 1)")
+    p.add_argument("--schedule", choices=["quadratic", "linear", "log"], help="scales, Fig. 5 (default: quadratic)")
+    p.add_argument("--rvq", type=int, nargs="?", const=10, metavar="LEVELS", help="the baseline: residual VQ, no phi")
+    p.add_argument("--phis", type=int, metavar="N", help="convolutions phi; 0: none (default: 6)")
+    p.add_argument("--adversarial-at", type=float, metavar="FRACTION", help="discriminators join here; 1: never")
+    p.add_argument("--eval", metavar="FILE", nargs="+", help="train nothing; measure on the held-back clips")
     return p.parse_args(argv)
 
 
 def main(argv=None):
     args = arguments(argv)
-    device = aar.pick_device(args.device)
-    preset = PRESETS[args.preset or ("paper" if device.type == "cuda" else "tiny")]
-    plan = aar.plan_from(preset.train_sat, args)
+    device, preset = begin(args)
     if args.eval:
         return compare(args, device)
-    if not 0.1 <= args.seconds <= 60:                                 # shorter ones do not fill the losses' windows
-        raise UserError(f"--seconds {args.seconds:g}: a window lasts 0.1 to 60 s")
-    config = dataclasses.replace(preset.sat, schedule=args.schedule, seconds=args.seconds)
-    if args.phis is not None:
-        config = dataclasses.replace(config, phis=args.phis)
-    if args.rvq is not None:
-        if args.phis or args.schedule != "quadratic":
-            raise UserError("--rvq has no phi and no other schedule: leave out --phis and --schedule")
-        config = dataclasses.replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    if not 1 <= config.n_scales <= 1000 or not 0 <= config.phis <= config.n_scales:
-        raise UserError(f"--rvq must be 1 to 1000, --phis 0 to {config.n_scales} (the number of scales); "
-                        f"got {config.n_scales}, {config.phis}")
-    with aar.alone(args.out):
-        train(args, config, plan, device)
+    config = aar.load_sat(args.init).config if args.init else changed(preset.sat, args)
+    if args.rvq and not args.init:
+        config = replace(config, schedule="flat", n_scales=args.rvq, phis=0)
+    train(args, config, changed(preset.train_sat, args), device)
 
 
-def build(config, lr, device):
-    """A new tokenizer, its discriminators and the optimizers of both players."""
-    sat, discriminators = SAT(config).to(device), Discriminators(config.disc_width).to(device)
-    # AdamW takes the lengths of weight norm (one number a row) and the LSTMs: for these large matrices Muon would cost a fifth of
-    # a step of `paper`.
-    lstms = {p for module in sat.modules() if isinstance(module, torch.nn.LSTM) for p in module.parameters()}
-    matrices = [p for p in sat.parameters() if p.numel() > len(p) and p not in lstms]
-    rest = [p for p in sat.parameters() if p.numel() == len(p) or p in lstms]
-    how = {"lr": lr, "betas": (0.8, 0.99), "weight_decay": 0.01, "fused": device.type != "meta"}       # which has no fused one
-    return sat, discriminators, {"muon": aar.Muon(matrices, lr), "optimizer": torch.optim.AdamW(rest, **how),
-                                 "d_optimizer": torch.optim.AdamW(discriminators.parameters(), **how)}
+def begin(args):
+    """The device and the preset of a command line. Raises UserError for numbers and devices that cannot be."""
+    for name, (low, high) in BOUNDS.items():
+        value = vars(args).get(name)
+        if value is not None and not (low <= np.min(value) and np.max(value) <= high):
+            raise UserError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {value}")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(args.device or best)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
+    name = args.preset or ("base" if device.type == "cuda" else "tiny")
+    print(f"device {device}, preset {name}" + (": about 10 + 16 hours on an H100" if name == "paper" else ""))
+    return device, PRESETS[name]
+
+
+def changed(config, args):
+    """A configuration with what the command line changes."""
+    return replace(config, **{k: v for k, v in vars(args).items() if k in vars(config) and v is not None})
+
+
+def run(main):
+    """Run a script's main(); what the user can mend ends in one line and exit code 2, without a traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as e:
+        if not any(words in str(e) for words in ("out of memory", "allocate memory", "shared memory")):
+            raise
+        message = "not enough memory: give a smaller --batch or --preset"
+    except (UserError, OSError) as e:                                # one from a worker holds the worker's traceback
+        message = " ".join(str(e).rpartition("UserError: ")[2].split())
+    print("error:", message, file=sys.stderr)
+    sys.exit(2)
+
+
+# --- Sounds: a folder, or toys -----------------------------------------------------------------------------------
+
+def find_sounds(folder):
+    """Sound files below a folder, links followed -> [(path, seconds)] in the order of `hash_of`."""
+    good, bad, others, seen = [], 0, 0, set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:                 # a link to a folder that was visited
+            folders[:], names = [], []
+        seen.add(real)
+        for path in (Path(root, name) for name in names):
+            known = path.suffix.lower() in SUFFIXES
+            try:
+                seconds = soundfile.info(path).duration if known and path.is_file() else 0
+            except (OSError, RuntimeError, ValueError):
+                seconds = 0
+            if seconds:
+                good.append((path, seconds))
+            elif known:
+                bad += 1
+                print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
+            else:
+                others += 1
+    found = f"{folder}: {len(good)} readable sounds, {bad} unreadable, {others} files of other kinds"
+    if bad >= len(good):
+        raise UserError(f"{found}; give a folder of {' '.join(SUFFIXES)}")
+    print(found)
+    return sorted(good, key=lambda file: hash_of(file[0], folder))
+
+
+def hash_of(path, folder):
+    """32 bits from the path of a file in its folder."""
+    return zlib.crc32(os.fsencode(path.relative_to(folder).as_posix()))
+
+
+class Windows:
+    """Windows (1, samples) of sound files [(path, seconds)], not silent ones; each epoch visits each file once.
+
+    With `augment` each is shifted by up to 2 semitones (and as much faster or slower) and scaled by up to 6 dB.
+    """
+    augment = False
+
+    def __init__(self, files, config, seed, held_back=False):
+        self.files, self.config, self.seed, self.held_back, self.epoch = files, config, seed, held_back, None
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        n, rate, samples, gain = len(self), self.config.sample_rate, self.config.samples, 1.0
+        if self.epoch != i // n:
+            self.epoch, self.order = i // n, np.random.default_rng((self.seed, i // n)).permutation(n)
+        rng = np.random.default_rng((self.seed, self.held_back, i))
+        if self.augment:
+            rate, gain = rate * 2 ** (rng.uniform(-2, 2) / 12), 10 ** (rng.uniform(-6, 6) / 20)
+        seconds = samples / rate
+        for path, length in (self.files[self.order[j % n]] for j in range(i, i + n)):
+            wavs = []
+            try:
+                while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # an offset is silent
+                    wavs.append(aar.load_audio(path, rate, rng.uniform(0, max(0.0, length - seconds)), seconds))
+                wav = max(wavs, key=lambda wav: wav.std(correction=0))
+                wav = wav * min(gain, 1 / (wav.abs().max().item() + 1e-9))
+                return nn.functional.pad(wav, (0, samples - wav.shape[1]))
+            except UserError as e:
+                print(f"skipped {e}", file=sys.stderr)               # the next file takes its place
+        raise UserError("none of the sounds can be read")
+
+
+def toy_sound(kind, rng, rate, samples):
+    """A sound of one of ten kinds with random parameters from the numpy generator `rng`: (1, samples) float32."""
+    t, u, noise = np.arange(samples) / rate, rng.uniform, rng.standard_normal(samples)
+    sweep = t * u(4, 8) % 1
+
+    def tone(hz, partials=(1,), damping=0.0):
+        phase = 2 * np.pi * np.cumsum(hz * np.ones(samples)) / rate
+        return sum(np.sin(h * phase) * np.exp(-damping * h * t) / h for h in partials)
+    x = {"kick": lambda: tone(u(40, 60) + u(100, 200) * np.exp(-u(25, 45) * t)) * np.exp(-u(5, 9) * t),
+         "snare": lambda: 0.5 * noise * np.exp(-u(12, 20) * t) + tone(u(160, 240)) * np.exp(-u(15, 25) * t),
+         "hat": lambda: np.diff(noise, 2, prepend=[0, 0]) * np.exp(-u(25, 60) * t),
+         "pluck": lambda: tone(u(150, 600), range(1, 9), 2) * np.exp(-u(1, 3) * t),
+         "bell": lambda: tone(u(400, 900), (1, 2.76, 5.4, 8.93), u(0.5, 1.5)),
+         "siren": lambda: tone(u(600, 1000) * (1 + u(0.2, 0.4) * tone(u(2, 4))), range(1, 6)),
+         "bird": lambda: tone(u(2500, 4500) * (1 + u(0.2, 0.5) * sweep)) * np.sin(np.pi * sweep / 0.6).clip(0),
+         "wind": lambda: np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * tone(u(0.5, 2))),
+         "buzz": lambda: tone(u(70, 160), range(1, 25)),
+         "clicks": lambda: tone(u(1500, 3000)) * np.exp(-u(60, 120) * (t % u(0.08, 0.16)))}[kind]()
+    x = x / np.abs(x).max() * 10 ** (u(-12, -2) / 20)
+    return torch.from_numpy((x + 10 ** (-45 / 20) * rng.standard_normal(samples)).astype(np.float32))[None]
+
+
+class Toys(Windows):
+    """Endless built-in sounds: item i is (1, samples) of kind TOYS[i % 10], the same for the same seed."""
+
+    def __init__(self, config, seed=0, held_back=False):
+        super().__init__([(kind, 60.0) for kind in TOYS * 10], config, seed, held_back)
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.seed, self.held_back, i))
+        return toy_sound(TOYS[i % 10], rng, self.config.sample_rate, self.config.samples)
+
+
+def sounds(folder, config, seed=0):
+    """(Training set, held-back set: 5% of the files by `hash_of`, 1 to 256, a key that changes when the sounds do)."""
+    if folder is None:
+        return Toys(config, seed), Toys(config, seed, held_back=True), "toys"
+    files = find_sounds(folder)
+    hashes = [hash_of(path, folder) for path, _ in files]
+    starts = [zlib.crc32(np.fromfile(path, np.uint8, 65536), path.stat().st_size) for path, _ in files]
+    n = max(1, min(sum(h < 2 ** 32 // 20 for h in hashes), len(files) - 1))
+    if len(files) == 1:
+        print("a single sound: it is trained on and held back as well")
+    key = f"{zlib.crc32(repr((hashes, starts)).encode()):08x}"
+    return Windows(files[n:] or files, config, seed), Windows(files[:n][:256], config, seed, held_back=True), key
+
+
+def batches(data, batch, items):
+    """Batches (B, 1, N) of data[i] for i in `items`, decoded ahead in other processes."""
+    return iter(torch.utils.data.DataLoader(data, batch, sampler=items, num_workers=max(1, min(4, os.cpu_count() // 2)),
+                                            prefetch_factor=4, pin_memory=torch.cuda.is_available()))
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+def learning_rate(step, plan):
+    """Linear warm-up, then a cosine down to 1%."""
+    warm_up = round(plan.warm_up * plan.steps)
+    if step < warm_up:
+        return plan.lr * (step + 1) / warm_up
+    return plan.lr * (0.505 + 0.495 * np.cos(np.pi * (step - warm_up) / (plan.steps - warm_up)))
+
+
+def orthogonal(G, rounds=5):
+    """Newton-Schulz: a matrix G = U S V^T -> about U V^T (all singular values 0.7 to 1.2)."""
+    X = G / G.norm().clamp(min=1e-7)
+    for _ in range(rounds):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): all directions of a weight matrix (rows, the rest) learn equally fast, as by AdamW."""
+
+    def __init__(self, weights, lr, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in (w for w in group["params"] if w.grad is not None):
+                if w not in self.state:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                m = self.state[w]["momentum"].lerp_(w.grad, 1 - group["momentum"])
+                update = orthogonal(w.grad.lerp(m, group["momentum"]).flatten(1))            # Nesterov's
+                w.sub_(0.2 * max(update.shape) ** 0.5 * group["lr"] * update.view_as(w))
+
+
+def adamw(params, lr, betas):
+    """AdamW that a CUDA graph can hold."""
+    return torch.optim.AdamW(params, lr, betas, weight_decay=0.01, fused=True, capturable=lr.is_cuda)
+
+
+def build(config, device, init=None):
+    """A tokenizer, its discriminators, the optimizers of both players and their learning rate."""
+    sat = (aar.load_sat(init, device) if init else SAT(config).to(device)).train()
+    discriminators = Discriminators(config.disc_width).to(device, memory_format=torch.channels_last)   # twice as fast
+    lr = torch.zeros((), device=device)
+    learned = [p for p in sat.parameters() if p.requires_grad]
+    kernels = [p for p in learned if p.ndim == 3 and p.numel() > len(p)]      # for the large LSTMs Muon would be slow
+    rest = [p for p in learned if p.ndim < 3 or p.numel() == len(p)]
+    return sat, discriminators, {"muon": Muon(kernels, lr), "adamw": adamw(rest, lr, (0.8, 0.99)),
+                                 "d_adamw": adamw(discriminators.parameters(), lr, (0.8, 0.99))}, lr
+
+
+def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial, x):
+    """One step on sounds x (B, 1, N); returns the losses, {name: tensor}. Reads nothing from the device."""
+    half = aar.autocast(x.device, torch.bfloat16 if x.is_cuda else torch.float32)    # a CPU's convolutions can be wrong
+    sat.zero_grad()
+    discriminators.zero_grad()
+    with half:
+        y, _, vq = sat(x) if quantize else (sat.decoder(sat.latents(x)).float(), None, x.new_zeros(()))
+    losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
+    if adversarial:
+        with half:                                                   # one pass over real and fake serves both players
+            real, fake = discriminators(x), discriminators(y)
+        losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake),
+                   "discriminator": aar.discriminator_loss(real, fake)}
+        losses["discriminator"].backward(inputs=list(discriminators.parameters()), retain_graph=True)
+        losses["d_norm"] = nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
+    loss = sum(weight * losses[name] for name, weight in WEIGHTS.items() if name in losses)
+    loss.backward(inputs=[p for p in sat.parameters() if p.requires_grad])     # each player learns from its own loss
+    losses["norm"] = nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {name: value.detach() for name, value in losses.items()}
+
+
+class Run:
+    """What both stages do around their steps: --resume, the log, checkpoints, a stop that saves (Ctrl-C, TERM, HUP)."""
+
+    def __init__(self, args, kind, config, plan, parts, lr, **settings):
+        self.args, self.kind, self.config, self.plan, self.parts, self.lr = args, kind, config, plan, parts, lr
+        self.settings = asdict(config) | asdict(plan) | {"seed": args.seed, "init": args.init} | settings
+        self.start, self.history, self.rows, self.pending, self.seconds, self.stop = 0, [], [], [], 0.0, False
+        if args.resume:
+            state = aar.load(args.out, kind)
+            made = state.get("run", {})
+            if differs := [f"{k} {made.get(k)} -> {v}" for k, v in self.settings.items() if made.get(k) != v]:
+                raise UserError(f"{args.out} has other settings ({'; '.join(differs)}): use the same, or --init")
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+                for group in getattr(part, "param_groups", ()):      # of an optimizer: one lr for all, this device
+                    group.update(lr=lr, capturable=lr.is_cuda)
+            self.start, self.history = state["step"], state["history"]
+        elif os.path.lexists(args.out) or not Path(args.out).resolve().parent.is_dir():
+            why = "exists: --resume goes on with it" if os.path.lexists(args.out) else "is in no folder: make it"
+            raise UserError(f"{args.out} {why}, or give another --out")
+        print(f"{sum(p.numel() for p in parts[kind].parameters()) / 1e6:.2f} M parameters, scales {config.scales}")
+        for number in signal.valid_signals() & {1, 2, 15}:           # HUP (not in Windows), INT, TERM
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _):
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)                        # a second one stops at once
+
+    def steps(self):
+        """The steps that are left. What a step draws depends on the seed and its number only, so --resume is exact."""
+        self.saved = time.time()
+        self.bar = tqdm(range(self.start, self.plan.steps), initial=self.start, total=self.plan.steps, unit="step")
+        for self.step in self.bar:
+            torch.manual_seed(self.args.seed + self.step)
+            self.lr.fill_(learning_rate(self.step, self.plan))
+            self.since = time.time()                                 # what validation and files take does not count
+            yield self.step
+            if self.due or not self.pending and time.time() > self.saved + 600:      # no step is saved unchecked
+                self.saved = time.time()
+                parts = {name: part.state_dict() for name, part in self.parts.items()}
+                aar.save(self.args.out, {"kind": self.kind, "config": asdict(self.config), "run": self.settings,
+                                         "parts": parts, "step": self.step + 1, "history": self.history})
+            if self.due and self.stop:
+                self.bar.close()
+                raise UserError(f"stopped after {self.step + 1} of {self.plan.steps} steps; --resume goes on")
+
+    def add(self, losses):
+        """Remember the losses of this step, {name: tensor}; reads the device every ten steps only."""
+        done = self.step + 1
+        self.due = self.stop or done == self.plan.steps or done % max(1, self.plan.steps // 10) == 0
+        self.pending.append((list(losses), torch.stack(list(losses.values()))))      # a copy: a graph reuses its own
+        if self.due or len(self.pending) == 10:
+            for step, (names, values) in enumerate(self.pending, done - len(self.pending)):
+                self.rows.append(dict(zip(names, values.tolist())))
+                if bad := [name for name, value in self.rows[-1].items() if not np.isfinite(value)]:
+                    raise UserError(f"step {step}: {bad[0]} is not finite; the last checkpoint is kept; lower --lr")
+            self.pending = []
+            self.bar.set_postfix(self.rows[-1], refresh=False)
+        self.seconds += time.time() - self.since
+
+    def write(self, **scores):
+        """Print a line of the log, remember it, and draw the curves."""
+        means = {name: float(np.mean([row[name] for row in self.rows if name in row])) for name in self.rows[-1]}
+        row = means | scores | {"s_per_step": self.seconds / len(self.rows)}
+        texts = (f"{name} {' '.join(f'{x:.3g}' for x in np.atleast_1d(value))}" for name, value in row.items())
+        self.bar.write(f"step {self.step + 1}  " + "  ".join(texts))
+        self.history.append({"step": self.step + 1} | row)
+        draw_curves(Path(self.args.out).with_suffix(".png"), self.history)
+        self.rows, self.seconds = [], 0.0
+
+
+def draw_curves(path, history):
+    """A picture of every number of the log over the steps; lists have a line for each scale."""
+    from matplotlib.figure import Figure                             # without pyplot: needs no display
+    names = [name for name in history[-1] if name != "step"]
+    figure = Figure(figsize=(6, 2 * len(names)), layout="constrained")
+    for ax, name in zip(figure.subplots(len(names), sharex=True), names):
+        rows = [row for row in history if name in row]
+        ax.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
+        ax.set(ylabel=name, xlabel="step")
+    figure.savefig(path)
+
+
+def save_in_turn(path, x, y, sample_rate):
+    """Write sounds x and y (n, 1, N) as one wave file, x[0] y[0] x[1] y[1] ..., with pauses between."""
+    pairs = nn.functional.pad(torch.stack([x, y], 1), (0, sample_rate // 5))                 # (n, 2, 1, N + pause)
+    aar.save_audio(path, pairs.reshape(1, -1), sample_rate)
 
 
 def train(args, config, plan, device):
-    """Train SAT by `plan`; writes args.out and, beside it, a wave file of originals and reconstructions and a page."""
+    """Train SAT; writes args.out, and beside it the curves and a wave file of originals and reconstructions."""
     torch.manual_seed(args.seed)
-    sat, discriminators, optimizers = build(config, plan.lr, device)
-    sat.quantizer.parts = args.accumulate
-    parts = {"sat": sat, "discriminators": discriminators} | optimizers
-    run = {"seed": args.seed, "data": args.data and os.path.basename(os.path.realpath(args.data))}
-    start, history = aar.begin(args, "sat", config, plan, parts, **run)
-    if start == plan.steps:
-        return
-    data, held_back = (aar.sounds(args.data, config, args.seed, held_back=h) for h in (False, True))
-    mel_loss = MelLoss(config.sample_rate).to(device)
-    quantize_at, adversarial_at = (round(share * plan.steps) for share in (plan.quantize_at, plan.adversarial_at))
-    print(f"device {device}, {sum(p.numel() for p in sat.parameters()) / 1e6:.2f} M parameters, {data}, "
-          f"{sum(config.scales)} tokens per {config.seconds:g} s: scales {config.scales}")
-
-    bar = aar.progress(range(start, plan.steps), initial=start, total=plan.steps, unit="step")
-    log, stop = aar.Log(bar, history), aar.Stop()                     # before the workers, which must not die of Ctrl-C
-    clips = (i for step in range(start, plan.steps) for i in aar.shard(range(step * plan.batch, (step + 1) * plan.batch)))
-    loader = aar.batches(data, plan.batch // aar.world(), clips)
-    for step in bar:
-        wav, names = log.wait(loader)
-        wav = wav.to(device, non_blocking=True)
-        lr = aar.learning_rate(step, plan)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr
-        if step == quantize_at:
-            # Start the codebooks on the first V clips, so that scale 1, one vector a clip, has one for each code.
-            first = aar.batches(data, plan.batch, aar.shard(range(config.V)))
+    sat, discriminators, optimizers, lr = build(config, device, args.init)
+    data, held_back, key = sounds(args.data, config, args.seed)
+    run = Run(args, "sat", config, plan, {"sat": sat, "discriminators": discriminators} | optimizers, lr, sounds=key)
+    mel_loss, phase = MelLoss(config.sample_rate).to(device), None
+    quantize_at = 0 if args.init else round(plan.quantize_at * plan.steps)
+    adversarial_at = round(plan.adversarial_at * plan.steps)
+    heard = torch.stack([held_back[i] for i in range(min(8, len(held_back)))]).to(device)
+    loader = batches(data, plan.batch, range(run.start * plan.batch, plan.steps * plan.batch))
+    for step in run.steps():
+        if step == quantize_at and not args.init:                    # k-means on V clips, each a vector of scale 1
             with torch.no_grad():
-                sat.quantizer.quantize(torch.cat([sat.latents(x.to(device)) for x, _ in first]), kmeans=True)
-        losses = train_step(sat, discriminators, optimizers, mel_loss, wav.chunk(args.accumulate),
-                            step >= quantize_at, step >= adversarial_at)
-        log.add(step, names, **losses)
-
-        if (step + 1) % max(1, plan.steps // 10) == 0 or step + 1 == plan.steps or stop.asked:
-            log.flush()                                               # a broken loss is named before what follows from it
-            heard = torch.stack([held_back[i][0] for i in range(min(8, len(held_back)))])
-            with torch.no_grad():                                     # before the codebooks start, without them
-                y = (sat.decode(sat.encode(heard.to(device))) if step >= quantize_at
-                     else sat.decoder(sat.latents(heard.to(device))))
-            scores = {} if step < quantize_at else evaluate(sat, held_back)
-            for name, value in {"the sound": y, **scores}.items():        # a tokenizer broken by this step is not kept
-                aar.check_finite(step, name, value)
-            log.write(step + 1, y[:4] if scores else None, **scores)
-            aar.save_checkpoint(args.out, "sat", config, plan, step + 1, log.history, parts, **run)
-            with aar.spare():
-                aar.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, config.sample_rate)
-                sample.training_page(args, "Stage 1: the tokenizer", log.history, heard[:4], config, plan)
-            if stop.asked:
-                raise aar.Stopped(f"stopped after {step + 1} of {plan.steps} steps; go on with the same command and --resume")
-
-
-def train_step(sat, discriminators, optimizers, mel_loss, parts, quantize=True, adversarial=True):
-    """One step on a batch of sounds, given in equal parts (b, 1, N) whose gradients add up; returns the losses."""
-    seen = []
-    sat.zero_grad()
-    discriminators.zero_grad()
-    for x in parts:
-        with aar.autocast(x.device):
-            if quantize:
-                y, _, vq = sat(x)
-            else:
-                y, vq = sat.decoder(sat.latents(x)), x.new_zeros(())
-        losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
-        if adversarial:
-            # One pass over real and fake serves both players: each takes only the gradients of its own parameters.
-            with aar.autocast(x.device):
-                real, fake = discriminators(x), discriminators(y)
-            losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
-            d_loss = aar.discriminator_loss(real, fake)
-            (d_loss / len(parts)).backward(inputs=list(discriminators.parameters()), retain_graph=True)
-        loss = sum(WEIGHTS[name] * value for name, value in losses.items())
-        (loss / len(parts)).backward(inputs=list(sat.parameters()))
-        if adversarial:
-            losses["discriminator"] = d_loss
-        seen.append({name: value.detach() for name, value in losses.items()})
-    losses = {name: sum(part[name] for part in seen) / len(seen) for name in seen[0]}
-    losses["norm"] = aar.clip_gradients(sat)
-    optimizers["muon"].step()
-    optimizers["optimizer"].step()
-    if adversarial:
-        losses["d_norm"] = aar.clip_gradients(discriminators)
-        optimizers["d_optimizer"].step()
-    return losses
+                first = [sat.latents(x.to(device)) for x in batches(data, plan.batch, range(config.V))]
+                sat.quantizer.quantize(torch.cat(first), kmeans=True)
+        if phase != (step >= quantize_at, step >= adversarial_at):   # one CUDA graph for each phase
+            phase = step >= quantize_at, step >= adversarial_at
+            one_step = aar.graphed(lambda x: train_step(sat, discriminators, optimizers, mel_loss, *phase, x))
+        run.add(one_step(next(loader).to(device, non_blocking=True)))
+        if run.due:
+            run.write(**evaluate(sat, held_back) if phase[0] else {})
+        if run.due and phase[0]:                                     # before, the codebooks are random
+            save_in_turn(Path(args.out).with_suffix(".wav"), heard, sat.decode(sat.encode(heard)), config.sample_rate)
 
 
 @torch.no_grad()
 def evaluate(sat, held_back):
-    """Reconstruct all held-back clips; returns numbers, with per-scale lists of codes in use and of perplexity."""
-    config, device = sat.config, next(sat.parameters()).device
-    mel = Mel(config.sample_rate, 1024, 80).to(device)
-    counts = torch.zeros(len(config.scales), config.V, device=device)
-    rows = []
-    training = sat.training
-    sat.eval()
-    for x in torch.utils.data.DataLoader(held_back, batch_size=8):
-        x = x[0].to(device)
-        y, tokens, _ = sat(x)
-        for k, r_k in enumerate(tokens):
-            counts[k] += torch.bincount(r_k.flatten(), minlength=config.V)
-        rows.append(distances(mel, x, y))
-    sat.train(training)
-    p = counts / counts.sum(1, keepdim=True)
-    return dict(zip(DISTANCES, torch.cat(rows).mean(0).tolist())) | {
-        "used": (counts > 0).sum(1).tolist(), "perplexity": torch.special.entr(p).sum(1).exp().round().int().tolist()}
-
-
-def compare(args, device):
-    """Print a table with a row for each of args.eval, and below it the codes in use per scale."""
-    below, held_back = [], aar.sounds(args.data, aar.SATConfig(), args.seed, held_back=True)
-    print(f"device {device}, {len(held_back)} held-back clips of {args.data or held_back}\n")
-    print("| tokenizer | tokens/s | bit/s | log-mel (dB) | STFT | SI-SDR (dB) | codes in use | perplexity | training (s) |")
-    print("| --- |" + " ---: |" * 8)
-    for name in args.eval:
-        if name.startswith("opus:"):
-            seen = opus(name, held_back)
-            row = ["", seen["bits"], *(seen[key] for key in DISTANCES), "", "", ""]
-        else:
-            sat, history = aar.load_sat(name, device), aar.load_checkpoint(name, "sat")["history"]
-            seen, config = evaluate(sat, aar.sounds(args.data, sat.config, args.seed, held_back=True)), sat.config
-            rate, K = sum(config.scales) / config.seconds, len(config.scales)
-            steps = [after["step"] - before["step"] for before, after in zip([{"step": 0}, *history], history)]
-            row = [rate, rate * math.log2(config.V), *(seen[key] for key in DISTANCES),
-                   f"{sum(seen['used']) / K / config.V:.0%}", sum(seen["perplexity"]) / K,
-                   sum(n * line["s_per_step"] for n, line in zip(steps, history))]
-            below += [f"{name}: {key} per scale " + " ".join(map(str, seen[key])) for key in ("used", "perplexity")]
-        cells = [cell if isinstance(cell, str) else f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.2f}" for cell in row]
-        print("|", " | ".join([name, *cells]), "|")
-    print(*below, sep="\n")
-
-
-def opus(name, held_back):
-    """The same distances for the Opus codec at `opus:KBITS`, with the bits per second that it really took."""
-    try:
-        level = 1 - (float(name.removeprefix("opus:")) - 6) / 250     # libsndfile: 0 is 256 kbit/s, 1 is 6
-        if not 0 <= level <= 1:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--eval {name}: Opus goes from opus:6 to opus:256 kbit/s")
-    x = torch.stack([held_back[i][0] for i in range(len(held_back))])
-    file = io.BytesIO()
-    soundfile.write(file, x.flatten().numpy(), held_back.sample_rate, format="OGG", subtype="OPUS", compression_level=level)
-    bits = 8 * file.tell() * held_back.sample_rate / x.numel()
-    file.seek(0)
-    y = torch.from_numpy(soundfile.read(file, dtype="float32")[0][:x.numel()]).view_as(x)
-    return dict(zip(DISTANCES, distances(Mel(held_back.sample_rate, 1024, 80), x, y).mean(0).tolist())) | {"bits": bits}
-
-
-DISTANCES = "log_mel_dB", "stft", "si_sdr_dB"
+    """Reconstruct the held-back clips; returns numbers, and how many codes each scale uses."""
+    device, rows, tokens = next(sat.parameters()).device, [], []
+    mel = Mel(sat.config.sample_rate, 1024, 80).to(device)
+    for x in torch.utils.data.DataLoader(held_back, batch_size=16):
+        tokens.append(sat.encode(x.to(device)))
+        rows.append(distances(mel, x.to(device), sat.decode(tokens[-1])))
+    scores = dict(zip(("log_mel_dB", "stft", "si_sdr_dB"), torch.cat(rows).mean(0).tolist()))
+    return scores | {"used": [len(torch.cat(r_k).unique()) for r_k in zip(*tokens)]}
 
 
 def distances(mel, x, y):
-    """Sounds x, y (B, 1, N) -> (B, 3): log-mel, multi-resolution STFT and SI-SDR of each clip, as DISTANCES names them."""
-    stft = sum(spectral_distance(x.squeeze(1), y.squeeze(1), window) for window in (512, 1024, 2048)) / 3
-    return torch.stack([aar.log_mel_distance(mel, x, y), stft, si_sdr(x.squeeze(1), y.squeeze(1))], 1)
-
-
-def spectral_distance(x, y, window):
-    """Spectral convergence: |X - Y| / |X| of the magnitude spectrograms of x, y (B, N) -> (B,)."""
-    X, Y = (torch.stft(z, window, window // 4, window=torch.hann_window(window, device=z.device), return_complex=True).abs()
-            for z in (x, y))
-    return (X - Y).norm(dim=(1, 2)) / X.norm(dim=(1, 2)).clamp(min=1e-5)
-
-
-def si_sdr(x, y):
-    """Scale-invariant signal-to-distortion ratio of y to x (B, N) -> (B,), in dB."""
+    """Sounds x, y (B, 1, N) -> (B, 3): log-mel (dB), spectral convergence |X - Y| / |X|, SI-SDR (dB) of each clip."""
+    log_mel = (mel.dB(x) - mel.dB(y)).abs().mean((1, 2))
+    x, y, stft = x.squeeze(1), y.squeeze(1), 0
+    for n in (512, 1024, 2048):
+        hann = torch.hann_window(n, device=x.device)
+        X, Y = (torch.stft(z, n, n // 4, window=hann, return_complex=True).abs() for z in (x, y))
+        stft = stft + (X - Y).norm(dim=(1, 2)) / X.norm(dim=(1, 2)).clamp(min=1e-5) / 3
     target = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp(min=1e-8) * x
-    return 10 * ((target.square().sum(1) + 1e-8) / ((y - target).square().sum(1) + 1e-8)).log10()
+    si_sdr = 10 * ((target.square().sum(1) + 1e-8) / ((y - target).square().sum(1) + 1e-8)).log10()
+    return torch.stack([log_mel, stft, si_sdr], 1)
+
+
+def compare(args, device):
+    """Print a table with a row for each of args.eval."""
+    rows = ["| tokenizer | tokens/s | bit/s | log-mel dB | STFT | SI-SDR dB | used codes |", "| --- |" + " ---: |" * 6]
+    for path in args.eval:
+        sat = aar.load_sat(path, device)
+        config, seen = sat.config, evaluate(sat, sounds(args.data, sat.config, args.seed)[1])
+        rate = sum(config.scales) / config.seconds
+        rows.append(f"| {path} | {rate:.0f} | {rate * np.log2(config.V):.0f} | {seen['log_mel_dB']:.2f} | "
+                    f"{seen['stft']:.2f} | {seen['si_sdr_dB']:.2f} | {np.mean(seen['used']) / config.V:.0%} |")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
-    aar.command_line(main)
+    run(main)
