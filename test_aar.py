@@ -1,9 +1,5 @@
-"""The specification: each test is named by its property, with a naive reference beside what it checks.
-
-Run it with: python -m pytest -q test_aar.py
-"""
+"""The specification: each test is named by its property, with a naive reference beside what it checks."""
 import base64
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -33,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import aar
 import sample
@@ -46,17 +42,21 @@ from train_sat import TOYS, Toys, Windows
 HERE = Path(aar.__file__).resolve().parent
 CPU, META = torch.device("cpu"), torch.device("meta")
 torch.set_num_threads(1)                                              # equal to the bit from run to run
+pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid", "ignore:n_fft")             # of small sizes
 
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch):
-    """Every test starts from one seed and leaves the signals as they were; training draws no curves."""
+    """Every test starts from one seed, leaves the signals as they were, and asks for no other machine's address."""
     torch.manual_seed(0)
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args) or 1 / 0)
     monkeypatch.setattr(train_sat, "draw_curves", lambda *_: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    assert not asked
 
 
 def small_sat(**changes):
@@ -99,7 +99,7 @@ def near(a, b, far=1e-4):
     torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=0, atol=far)
 
 
-# --- Configuration and scales ----------------------------------------------------------------------------------------
+# --- Scales and quantizer --------------------------------------------------------------------------------------------
 
 def test_quadratic_schedule_is_the_papers():
     """75 frames at 16 scales are the paper's 455 tokens, and the default of both configurations."""
@@ -107,25 +107,18 @@ def test_quadratic_schedule_is_the_papers():
     assert scale_schedule("quadratic", 75, 16) == want == SATConfig().scales == AARConfig().scales and sum(want) == 455
 
 
-@pytest.mark.parametrize("kind, g, g_inverse", [("quadratic", math.sqrt, lambda u: u * u), ("linear", float, float),
-                                                ("log", math.log, math.exp)])
-def test_schedule_grows_evenly_from_1_to_all_frames(kind, g, g_inverse):
-    """Between 1 and `frames`, g(s_k) grows evenly, rounded down. A single scale and flat ones hold all frames."""
-    assert scale_schedule(kind, 7, 1) == (7,) and scale_schedule("flat", 3, 5) == (3,) * 5
-    for frames, n in itertools.product((2, 3, 7, 49, 64, 75, 100, 750), (2, 3, 5, 16, 49, 75)):
+def test_schedule_grows_evenly_from_1_to_all_frames():
+    """From 1 to `frames` g(s_k) grows evenly, rounded down; one scale and flat ones hold all; the rest is refused."""
+    kinds = {"quadratic": (math.sqrt, lambda u: u * u), "linear": (float, float), "log": (math.log, math.exp)}
+    assert all(scale_schedule(kind, 7, 1) == (7,) for kind in kinds) and scale_schedule("flat", 3, 5) == (3,) * 5
+    for frames, n, kind in itertools.product((2, 3, 7, 49, 64, 75, 100, 750), (2, 3, 5, 16, 49, 75), kinds):
         if n <= frames:
-            s = scale_schedule(kind, frames, n)
-            assert s[0] == 1 and s[-1] == frames and list(s) == sorted(s)
-            u = [k / (n - 1) for k in range(n)]
-            assert s == tuple(math.floor(g_inverse(g(frames) * v + g(1) * (1 - v)) + 1e-6) for v in u)
-
-
-@pytest.mark.parametrize("kind, frames, n", [("cubic", 75, 16), ("linear", 75, 76), ("log", 75, 0), ("quadratic", 0, 1),
-                                             ("quadratic", 75, -1), ("flat", 75, 0)])
-def test_schedule_refuses(kind, frames, n):
-    """What makes no schedule is a ValueError."""
-    with pytest.raises(ValueError):
-        scale_schedule(kind, frames, n)
+            (g, g_inverse), u = kinds[kind], [k / (n - 1) for k in range(n)]
+            want = [math.floor(g_inverse(g(frames) * v + g(1) * (1 - v)) + 1e-6) for v in u]
+            assert scale_schedule(kind, frames, n) == tuple(want)
+    for case in (("cubic", 75, 16), ("linear", 75, 76), ("log", 75, 0), ("quadratic", 0, 1), ("flat", 75, 0)):
+        with pytest.raises(ValueError):
+            scale_schedule(*case)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -146,26 +139,15 @@ def naive_down(x, s):
     return np.stack([x[i * T // s:-(-(i + 1) * T // s)].mean(0) for i in range(s)])
 
 
-def naive_up(z, T):
-    """(s, D) -> (T, D): straight lines between tokens that stand in the middle of the frames they cover."""
-    s = len(z)
-    at = [min(max((t + 0.5) * s / T - 0.5, 0), s - 1) for t in range(T)]
-    return np.stack([z[int(a)] * (1 - a % 1) + z[min(int(a) + 1, s - 1)] * (a % 1) for a in at])
-
-
 @pytest.mark.parametrize("T", [75, 40, 13])
 def test_down_and_up_equal_naive_ones(T):
-    """Also for sizes that do not divide T; and they equal torch's interpolation, which not every device has."""
+    """Also for sizes that do not divide T: up is torch's interpolation, which not every device has."""
     x = torch.randn(2, 3, T)
     for s in range(1, T + 1):
         z = aar.down(x, s)
-        near(z, F.interpolate(x, size=s, mode="area"))
         near(aar.up(z, T), F.interpolate(z, size=T, mode="linear"))
         near(z[1].T, naive_down(x[1].T.double().numpy(), s))
-        near(aar.up(z, T)[1].T, naive_up(z[1].T.double().numpy(), T))
 
-
-# --- Quantizer -------------------------------------------------------------------------------------------------------
 
 def naive_phi(quantizer, k, h):
     """(T, D): half of h and half of its convolution with 9 taps, by the phi whose tick is nearest to k / (K - 1)."""
@@ -187,20 +169,17 @@ def naive_msrq(quantizer, f):
     for k, s in enumerate(quantizer.scales):
         codes = quantizer.codebooks[k].codes.double().numpy()
         r_k = [int(((codes - z) ** 2).sum(1).argmin()) for z in naive_down(f - f_hat, s)]
-        f_hat = f_hat + naive_phi(quantizer, k, naive_up(codes[r_k], len(f)))
+        up = F.interpolate(torch.from_numpy(codes[r_k].T[None]), size=len(f), mode="linear")[0]
+        f_hat = f_hat + naive_phi(quantizer, k, up.T.numpy())
         tokens.append(r_k)
         sums.append(f_hat)
     return tokens, sums
 
 
-@pytest.mark.parametrize("changes", [{}, {"schedule": "log", "phis": 1}, {"phis": 6}, {"n_scales": 1},
-                                     {"schedule": "flat", "n_scales": 4, "phis": 0}], ids=str)
+@pytest.mark.parametrize("changes", [{"phis": 6}, {"schedule": "log", "phis": 1}, {"schedule": "flat", "phis": 0}])
 @torch.no_grad()
 def test_quantizer_equals_the_loop_of_the_paper(changes):
-    """Tokens and sums equal those of Alg. 1, written with loops in float64; the sums are what Alg. 2 decodes.
-
-    With flat scales and no phi it is plain residual VQ: a level stores the code nearest to what is left over.
-    """
+    """Tokens and sums equal those of Alg. 1, written with loops in float64; the sums are what Alg. 2 decodes."""
     quantizer = small_sat(**changes).quantizer
     f = torch.randn(2, 6, 40)
     out, tokens, _ = quantizer(f)
@@ -212,11 +191,6 @@ def test_quantizer_equals_the_loop_of_the_paper(changes):
             near(f_hats[k][b].T, want_k)
             near(quantizer.decode([r_k[b:b + 1] for r_k in tokens[:k + 1]], 40)[-1][0].T, want_k)
         near(out[b].T, sums[-1])
-    if changes.get("schedule") == "flat":
-        left = f.mT
-        for codebook, r_k in zip(quantizer.codebooks, tokens):
-            assert torch.equal(r_k, torch.cdist(left, codebook.codes).argmin(-1))
-            left = left - codebook.codes[r_k]
 
 
 @pytest.mark.parametrize("n_scales", [1, 5, 16])
@@ -285,7 +259,7 @@ def test_add_is_what_all_share(monkeypatch):
         assert seen == [0, 1, 2, 3, 4]
 
 
-# --- Codec -----------------------------------------------------------------------------------------------------------
+# --- Codec, discriminators, and the losses of stage 1 ----------------------------------------------------------------
 
 def naive_conv(x, weight, bias, stride, transposed):
     """One clip x (c_in, N). The padding, kernel - stride in all, is larger on the left: reflected, or trimmed."""
@@ -347,8 +321,6 @@ def test_signal_keeps_its_size_through_a_new_codec(half, shape, size, want):
         assert want / 4 < half(SATConfig(width=8, lstm=lstm, latent=32))(size * torch.randn(shape)).std() < want * 4
 
 
-# --- Discriminators and the losses of stage 1 ------------------------------------------------------------------------
-
 def test_hinge_losses_and_feature_matching():
     """The hinge losses are as by hand; equal feature maps are 0 apart, and the real side learns nothing from them."""
     assert [len(maps) for maps in Discriminators(2)(noise(1, 1, 1100))] == [6] * 10
@@ -405,47 +377,20 @@ def pair(request):
     return sat, small_aar(sat, next_token=request.param)
 
 
-def block_of(model):
-    """For each place the number of its block: its scale, or in the next-token baseline its place."""
-    blocks = [1] * len(model.mask) if model.config.next_token else model.config.scales
-    return torch.tensor([k for k, s in enumerate(blocks) for _ in range(s)])
-
-
-def generate_and_spy(sat, model, cond, **settings):
-    """Generate; returns the tokens, what AAR.input read, what AAR.head wrote, and the logits that were drawn from."""
-    read, wrote, drawn, draw = [], [], [], aar.draw
-    with pytest.MonkeyPatch.context() as patch:
-        for layer, seen in ((model.input, lambda x, y: read.append(x)), (model.head, lambda x, y: wrote.append(y))):
-            patch.setattr(layer, "forward", lambda x, f=layer.forward, seen=seen: (y := f(x), seen(x, y))[0])
-        patch.setattr(aar, "draw", lambda logits, *args: (drawn.append(logits), draw(logits, *args))[1])
-        tokens = model.generate(cond, sat, **settings)
-    return tokens, *(torch.cat(x, 1) for x in (read, wrote, drawn))
-
-
-def test_mask_equals_a_double_loop(pair):
-    """A place may look at the places of its own block and of all earlier blocks."""
-    for blocks in (sum(pair[1].blocks_of, []), [1], [3, 1, 2]):
-        block = [i for i, n in enumerate(blocks) for _ in range(n)]
-        assert aar.block_mask(blocks).tolist() == [[key <= query for key in block] for query in block]
-    assert torch.equal(pair[1].mask, block_of(pair[1])[:, None] >= block_of(pair[1]))
-
-
 def naive_transformer(model, cond, x):
     """Logits (L, V) of one clip, in float64, head by head and place by place: cond (cond_dim), x (L - first, D)."""
     w = {name: p.detach().double() for name, p in model.named_parameters()}
-    depth, block, C = model.config.depth, block_of(model), 64 * model.config.depth
+    depth, C, scales = model.config.depth, 64 * model.config.depth, model.config.scales
 
     def linear(name, v):
         return v @ w[name + ".weight"].T + w.get(name + ".bias", 0)
 
-    def gelu(v):
-        return 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3)))
-
     def norm(v, scale, shift):
-        v = v - v.mean(-1, keepdim=True)
-        return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+        return F.layer_norm(v, (C,), eps=1e-6) * (1 + scale) + shift
+    gelu = functools.partial(F.gelu, approximate="tanh")
     c = linear("cond.2", gelu(linear("cond.0", cond.double())))
-    levels = [k for k, s in enumerate(model.config.scales) for _ in range(s)]
+    levels = torch.tensor([k for k, s in enumerate(scales) for _ in range(s)])
+    block = torch.arange(len(levels)) if model.config.next_token else levels
     h = torch.cat([c.expand(model.first, -1), linear("input", x.double())]) + w["level"][levels] + w["position"]
     for name in (f"layers.{i}" for i in range(depth)):
         gate1, gate2, scale1, scale2, shift1, shift2 = linear(f"{name}.adaln.1", F.silu(c)).view(6, C)
@@ -463,8 +408,8 @@ def naive_transformer(model, cond, x):
 
 @torch.no_grad()
 def test_transformer_equals_a_naive_one(pair):
-    """The masked pass equals attention written head by head and place by place."""
-    sat, model = pair
+    """The masked pass equals attention written head by head and place by place, to its own and earlier blocks."""
+    model = pair[1]
     cond, x = torch.randn(2, 5), torch.randn(2, len(model.mask) - model.first, 6)
     want = torch.stack([naive_transformer(model, *one) for one in zip(cond, x)]).float()
     torch.testing.assert_close(model(cond, x), want, rtol=1e-4, atol=1e-4)
@@ -472,15 +417,15 @@ def test_transformer_equals_a_naive_one(pair):
 
 @pytest.mark.parametrize("cfg", [0, 1.7])
 @torch.no_grad()
-def test_generation_equals_the_masked_pass(pair, cfg):
-    """With a cache it reads what training reads, and its logits are those of the masked pass on the same tokens.
-
-    Guidance is (1 + t_k) conditional - t_k unconditional; t_k grows evenly from 0 at the first scale to cfg.
-    """
-    sat, model = pair
+def test_generation_equals_the_masked_pass(pair, cfg, monkeypatch):
+    """With a cache it reads what training reads and its logits are the masked pass's; t_k grows from 0 to cfg."""
+    (sat, model), seen, draw = pair, ([], [], []), aar.draw
     cond, scales = torch.randn(3, 5), sat.config.scales
-    tokens, read, wrote, drawn = generate_and_spy(sat, model, cond, cfg=cfg)
-    x = sat.teacher_inputs(tokens, model.config.next_token)
+    model.input.register_forward_hook(lambda _, x, y: seen[0].append(x[0]))
+    model.head.register_forward_hook(lambda _, x, y: seen[1].append(y))
+    monkeypatch.setattr(aar, "draw", lambda logits, *args: (seen[2].append(logits), draw(logits, *args))[1])
+    tokens = model.generate(cond, sat, cfg=cfg)
+    (read, wrote, drawn), x = (torch.cat(y, 1) for y in seen), sat.teacher_inputs(tokens, model.config.next_token)
     assert [r_k.shape for r_k in tokens] == [(3, s) for s in scales] and len(wrote) == (6 if cfg else 3)
     for half in read.split(3):
         torch.testing.assert_close(half, x, rtol=0, atol=1e-6)
@@ -489,6 +434,27 @@ def test_generation_equals_the_masked_pass(pair, cfg):
     t = torch.tensor([cfg * k / (len(scales) - 1) for k, s in enumerate(scales) for _ in range(s)])[:, None]
     torch.testing.assert_close(drawn, (1 + t) * conditional - t * free, rtol=1e-4, atol=1e-4)
     assert (conditional - free).abs().max() > 0.1
+
+
+def test_condition_is_dropped_in_training_only():
+    """With cond_drop=0.3 three of ten clips lose it, in training only, and the null condition learns from them."""
+    sat = small_sat(seconds=0.06, n_scales=2)
+    x = sat.teacher_inputs(random_tokens(sat, 1)).expand(600, -1, -1)
+    a, b = torch.randn(2, 1, 5).expand(-1, 600, -1)
+    for drop, training in itertools.product((0.0, 0.3, 1.0), (False, True)):
+        model = small_aar(sat, cond_drop=drop).train(training)
+        logits = model(a, x)
+        hidden = (logits - copy.deepcopy(model).eval()(a[:1], x[:1])).abs().amax((1, 2)) > 1e-3
+        assert abs(hidden.float().mean() - drop * training) < (0.08 if drop == 0.3 else 1e-6)
+        assert torch.equal(model(b, x), logits) == (training and drop == 1)
+        logits.sum().backward()
+        assert bool(model.null.grad is not None and model.null.grad.any()) == (training and drop > 0)
+
+
+def block_of(model):
+    """For each place the number of its block: its scale, or in the next-token baseline its place."""
+    blocks = [1] * len(model.mask) if model.config.next_token else model.config.scales
+    return torch.tensor([k for k, s in enumerate(blocks) for _ in range(s)])
 
 
 @torch.no_grad()
@@ -505,19 +471,12 @@ def test_a_token_changes_only_later_blocks(pair):
         assert all(change[block == later].max() > 1e-4 for later in range(block[i] + 1, block[-1] + 1))
 
 
-def test_condition_is_dropped_in_training_only():
-    """With cond_drop=0.3 three of ten clips lose it, in training only, and the null condition learns from them."""
-    sat = small_sat(seconds=0.06, n_scales=2)
-    x = sat.teacher_inputs(random_tokens(sat, 1)).expand(600, -1, -1)
-    a, b = torch.randn(2, 1, 5).expand(-1, 600, -1)
-    for drop, training in itertools.product((0.0, 0.3, 1.0), (False, True)):
-        model = small_aar(sat, cond_drop=drop).train(training)
-        logits = model(a, x)
-        hidden = (logits - copy.deepcopy(model).eval()(a[:1], x[:1])).abs().amax((1, 2)) > 1e-3
-        assert abs(hidden.float().mean() - drop * training) < (0.08 if drop == 0.3 else 1e-6)
-        assert torch.equal(model(b, x), logits) == (training and drop == 1)
-        logits.sum().backward()
-        assert bool(model.null.grad is not None and model.null.grad.any()) == (training and drop > 0)
+def test_mask_equals_a_double_loop(pair):
+    """A place may look at the places of its own block and of all earlier blocks."""
+    for blocks in (sum(pair[1].blocks_of, []), [1], [3, 1, 2]):
+        block = [i for i, n in enumerate(blocks) for _ in range(n)]
+        assert aar.block_mask(blocks).tolist() == [[key <= query for key in block] for query in block]
+    assert torch.equal(pair[1].mask, block_of(pair[1])[:, None] >= block_of(pair[1]))
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (3, 1.0), (100, 1.0), (0, 0.5), (0, 1e-9), (4, 0.7)])
@@ -554,17 +513,6 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0], torch.nonzero,
-                                  lambda x: torch.multinomial(x, 1), lambda x: torch.equal(x, x)])
-def test_waiting_is_caught(wait):
-    """The guard of the next test fires on each thing that it is for, on the host's own tensors too."""
-    with pytest.raises(AssertionError, match="waits"), NoSync():
-        wait(torch.ones(3))
-    for copy_to_host in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy):
-        with pytest.raises((NotImplementedError, RuntimeError, TypeError), match="meta"):
-            copy_to_host(torch.ones(3, device=META))
-
-
 def stage_1(device=CPU, **changes):
     """What train_sat.train_step works with: tokenizer, discriminators, optimizers, mel loss; and the learning rate."""
     sat, discriminators, optimizers, lr = train_sat.build(small_sat(**changes).config, device)
@@ -573,10 +521,10 @@ def stage_1(device=CPU, **changes):
 
 @pytest.mark.parametrize("device", [META, CPU], ids=str)
 def test_no_step_waits_for_the_device(device, monkeypatch):
-    """Neither a step of any phase of both stages nor a generation reads a number from the device.
-
-    All run on the meta device, where nothing can be read or copied, and no module makes tensors elsewhere.
-    """
+    """No step of either stage and no generation reads a number from the device or makes tensors elsewhere."""
+    for wait in (torch.Tensor.item, torch.any, lambda x: x[x > 0], torch.nonzero, lambda x: torch.multinomial(x, 1)):
+        with pytest.raises(AssertionError, match="waits"), NoSync():
+            bool(wait(torch.ones(1)))                                 # the guard fires, on the host's own tensors too
     if device == META:                                                # torch's AdamW would read a learning rate
         monkeypatch.setattr(train_sat, "adamw", lambda params, lr, betas: torch.optim.AdamW(params, 1e-3, betas))
     with device:
@@ -585,12 +533,11 @@ def test_no_step_waits_for_the_device(device, monkeypatch):
         sat.quantizer.quantize(sat.latents(x), kmeans=True)
         generators = [train_aar.build(AARConfig(sat.config.scales, 6, 16, 1, 5, next_token=next_token), sat, device)
                       for next_token in (False, True)]
-        with NoSync() if device == CPU else contextlib.nullcontext():
+        with NoSync() if device == CPU else META:
             for quantize, adversarial in ((False, False), (False, True), (True, True)):
                 for _ in range(2 if device == CPU else 1):            # the first step makes the optimizers' state
                     losses = train_sat.train_step(sat, *rest, mel_loss, quantize, adversarial, x)
-                assert ("discriminator" in losses) == adversarial
-                assert all(value.device == device for value in losses.values())
+                assert ("discriminator" in losses) == adversarial and {x.device for x in losses.values()} == {device}
             r = torch.cat(sat.encode(x), 1)
             for model, optimizers, _ in generators:
                 for _ in range(2):
@@ -672,6 +619,31 @@ def test_stage_2_overfits_one_batch(next_token):
     assert torch.equal(torch.cat(model.generate(cond, sat, cfg=0, top_k=1), 1), r)
 
 
+def test_coarse_tokens_weigh_more(pair):
+    """A step's gradient is that of the mean loss in which a token of scale k weighs 1 / sqrt(s_k)."""
+    sat, model = pair
+    r, cond = torch.cat(random_tokens(sat, 3), 1), torch.randn(3, 5)
+    loss = train_aar.losses(model.eval(), sat, r, cond)[0]                # (3, L)
+    weights = [s ** -0.5 for s in sat.config.scales for _ in range(s)]
+    naive = sum(w * x for w, x in zip(weights, loss.mean(0))) / sum(weights)
+    want = torch.autograd.grad(naive, list(model.parameters()), allow_unused=True)
+    train_aar.train_step(model, sat, {}, r, cond)
+    size = max(1.0, sum(g.square().sum() for g in want if g is not None).sqrt().item())
+    for p, g in zip(model.parameters(), want):
+        assert g is None or torch.allclose(p.grad, g / size, rtol=1e-3, atol=1e-5)
+
+
+def test_a_window_is_embedded_as_it_is_tokenized(tmp_path):
+    """Row i of the tokens and row i of the conditions come from window i; the cache gives the same again."""
+    sat, embedder = small_sat(), lambda wav: wav.mean(-1)
+    data = [noise(1, 1, sat.config.samples, seed=i)[0] for i in range(20)]
+    for _ in range(2):
+        tokens, cond = train_aar.tokenize(tmp_path / "cache.pt", "key", sat, embedder, data, 20)
+        for i, wav in enumerate(data):
+            assert torch.equal(tokens[i].long(), torch.cat(sat.encode(wav[None]), 1)[0])
+            near(cond[i], wav.mean(-1))
+
+
 # --- Checkpoints, and the authors' -----------------------------------------------------------------------------------
 
 def checkpoint(path, model, **run):
@@ -725,7 +697,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_whole_at_any_moment(tmp_path):
     """Killed while it saves, a process leaves the old file or the new one; a link to it stays a link."""
-    path, link, rng = tmp_path / "x.pt", tmp_path / "link.pt", random.Random(0)
+    path, link, rng = tmp_path / "x.pt", tmp_path / "link.pt", np.random.default_rng(0)
     link.symlink_to(path)
     aar.save(link, torch.zeros(300_000))
     for _ in range(12):
@@ -767,14 +739,13 @@ def published_sat(D, latent):
 def published_aar(depth, latent):
     """{name: shape} of the authors' generator."""
     C = 64 * depth
-    shapes = {"pos_start": (1, 1, C), "pos_1LC": (1, 455, C), "uncond_embedding": (1, 512), "lvl_1L": (1, 455),
-              "attn_bias_for_masking": (1, 1, 455, 455), "word_embed.weight": (C, latent), "word_embed.bias": (C,),
-              "class_emb.fc1.weight": (C, 512), "class_emb.fc2.weight": (C, C), "lvl_embed.weight": (16, C),
-              "head.weight": (1024, C), "head.bias": (1024,), "head_nm.ada_lin.1.weight": (2 * C, C),
-              "head_nm.ada_lin.1.bias": (2 * C,)}
+    shapes = {"pos_start": (1, 1, C), "pos_1LC": (1, 455, C), "uncond_embedding": (1, 512), "lvl_embed.weight": (16, C),
+              "word_embed.weight": (C, latent), "word_embed.bias": (C,), "class_emb.fc1.weight": (C, 512),
+              "class_emb.fc2.weight": (C, C), "head.weight": (1024, C), "head.bias": (1024,),
+              "head_nm.ada_lin.1.weight": (2 * C, C), "head_nm.ada_lin.1.bias": (2 * C,)}
     for name in (f"blocks.{i}." for i in range(depth)):
         shapes |= {name + "attn.scale_mul_1H11": (1, depth, 1, 1), name + "attn.mat_qkv.weight": (3 * C, C)}
-        shapes |= {f"{name}attn.{part}": (C,) for part in ("q_bias", "v_bias", "zero_k_bias")}
+        shapes |= {f"{name}attn.{part}": (C,) for part in ("q_bias", "v_bias")}
         for part, a, b in (("attn.proj", C, C), ("ffn.fc1", 4 * C, C), ("ffn.fc2", C, 4 * C), ("ada_lin.1", 6 * C, C)):
             shapes |= {f"{name}{part}.weight": (a, b), f"{name}{part}.bias": (a,)}
     return shapes
@@ -791,8 +762,7 @@ def published_numbers(shapes):
                                     ("", 0, (columns if len(shape) > 1 else 1) ** -0.5)):
             if re.search(rule, name):
                 return torch.from_numpy((offset + scale * x).astype(np.float32))
-    made = "zero_k_bias", "attn_bias_for_masking", "lvl_1L"           # the code makes these itself
-    return {name: number(name, shape) for name, shape in shapes.items() if not name.endswith(made)}
+    return {name: number(name, shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -815,19 +785,14 @@ def test_the_authors_checkpoints_do_what_their_code_does(theirs):
     sat = aar.load_sat(theirs["sat"])
     model, tokens = aar.load_aar(theirs["aar"], sat), sat.encode(wav)
     r, logits = torch.cat(tokens, 1), model(cond, sat.teacher_inputs(tokens))
-    assert r[:, :3].tolist() == [[815, 946, 946], [331, 981, 563]] and crc(r) == 0x58143a9c
-    assert crc(logits.argmax(-1)) == 0x4962e0b9 and model.embedder == {"kind": "clap", "published": True}
+    assert r[:, :3].tolist() == [[815, 946, 946], [331, 981, 563]] and model.embedder["published"]
+    crcs = [zlib.crc32(codes.numpy().astype("<i2").tobytes()) for codes in (r, logits.argmax(-1))]
+    assert crcs == [0x58143a9c, 0x4962e0b9]
     want = [[0.001948, -0.615191, 0.101395, 0.170357, 0.064865], [-0.085213, -0.227658, 0.138624, 0.03827, -0.02047]]
     near(sat.decode(tokens)[:, 0, [750, 3750, 6750, 15000, 22500]], torch.tensor(want), 1e-4)
     want = [[-1.118, -0.492, -0.054, -0.305], [-0.691, 1.081, 0.234, -0.616], [0.245, -0.481, 0.929, -0.641],
             [0.905, 0.115, -1.386, -1.91]]
     near(logits[0, 0:421:140, 0:769:256], torch.tensor(want), 1e-2)
-    want = [[-1.475, 2.071, 0.472, -0.117], [0.043, 0.24, -0.668, -0.327], [0.449, 1.024, -1.261, 1.15]]
-    near(logits[1, 35:316:140, 0:769:256], torch.tensor(want), 1e-2)
-
-
-def crc(r):
-    return zlib.crc32(r.numpy().astype("<i2").tobytes())
 
 
 @torch.no_grad()
@@ -837,23 +802,19 @@ def test_the_projections_of_the_other_variant_fold_exactly(tmp_path):
     torch.save({"generator_state_dict": tensors}, tmp_path / "sat.pth")
     sat, h, z = aar.load_sat(tmp_path / "sat.pth"), torch.randn(1, 512, 20), torch.randn(1, 64, 20)
 
-    def part(name, *parts):
-        return (tensors[f"{name}.{part}"] for part in parts)
-
     def layer(name, x):                                               # weight norm, reflect padding
-        v, g, bias = part(f"{name}.conv.conv", "weight_v", "weight_g", "bias")
+        v, g, bias = (tensors[f"{name}.conv.conv.{part}"] for part in ("weight_v", "weight_g", "bias"))
         return F.conv1d(F.pad(x, (3, 3), mode="reflect"), g * v / v.norm(dim=(1, 2), keepdim=True), bias)
 
     def project(way, x):
-        return F.linear(x.mT, *part(f"quantizer.vq.project_{way}", "weight", "bias")).mT
+        return F.linear(x.mT, *(tensors[f"quantizer.vq.project_{way}.{part}"] for part in ("weight", "bias"))).mT
     near(sat.encoder[15](h), project("in", layer("encoder.model.15", h)), 1e-4)
     near(sat.decoder[0](z), layer("decoder.model.0", project("out", z)), 1e-4)
     assert sat.config == SATConfig() and len(sat.encode(noise(1, 1, 3200))) == 16
 
 
-@pytest.mark.parametrize("name", ["encoder.model.3.conv.conv.weight_g", "decoder.model.1.lstm.weight_hh_l1", "pos_1LC",
-                                  "quantizer.vq.layers.0._codebook.embed", "quantizer.vq.quant_resi.qresi_ls.5.bias",
-                                  "blocks.1.attn.q_bias", "pos_start", "class_emb.fc2.weight"])
+@pytest.mark.parametrize("name", ["encoder.model.3.conv.conv.weight_g", "quantizer.vq.layers.0._codebook.embed",
+                                  "blocks.1.attn.q_bias", "pos_start", "decoder.model.1.lstm.weight_hh_l1"])
 def test_a_damaged_checkpoint_of_theirs_is_refused(theirs, tmp_path, name):
     """A tensor that is missing, or of another shape, ends in one line; a missing one by the authors' name."""
     kind, key = ("sat", "generator_state_dict") if "coder" in name or "quant" in name else ("aar", "model_state_dict")
@@ -866,17 +827,15 @@ def test_a_damaged_checkpoint_of_theirs_is_refused(theirs, tmp_path, name):
             aar.load_sat(tmp_path / "x.pth") if kind == "sat" else aar.load_aar(tmp_path / "x.pth", sat)
 
 
-# --- Sound files -----------------------------------------------------------------------------------------------------
+# --- Sounds ----------------------------------------------------------------------------------------------------------
 
 TONE = sine(440, 24000, 0.5)
 SOUNDS = {                                                            # name: (samples, rate, what becomes of it)
     "stereo": (np.stack([TONE, TONE / 3], 1), 24000, TONE * 2 / 3), "too loud": (4 * TONE, 24000, 2 * TONE),
-    "anti-phase": (np.stack([TONE, -TONE], 1), 24000, TONE), "DC offset": (TONE + 0.3, 24000, TONE + 0.3),
-    "one channel silent": (np.stack([0 * TONE, TONE], 1), 24000, TONE / 2), "zeros": (0 * TONE, 24000, 0 * TONE),
+    "anti-phase": (np.stack([TONE, -TONE], 1), 24000, TONE), "zeros": (0 * TONE, 24000, 0 * TONE),
     "one sample": (TONE[9:10], 24000, TONE[9:10]), "8 kHz": (sine(440, 8000, 0.5), 8000, TONE),
     "44.1 kHz": (sine(440, 44100, 0.5), 44100, TONE), "NaN": (np.r_[TONE, np.nan], 24000, None),
-    "infinite": (np.r_[TONE, np.inf], 24000, None), "no samples": (TONE[:0], 24000, None), "nothing": (b"", 0, None),
-    "text": (b"<html>404</html>", 0, None), "noise": (bytes(range(256)) * 9, 0, None), "absent": (None, 0, None),
+    "infinite": (np.r_[TONE, np.inf], 24000, None), "no samples": (TONE[:0], 24000, None), "absent": (None, 0, None),
     "header": (b"RIFF\xff\xff\xff\xffWAVEfmt ", 0, None), "8 bits, truncated": ("PCM_U8", 24000, TONE)}
 
 
@@ -900,8 +859,6 @@ def test_load_audio_of_odd_files(tmp_path, name):
     if rate in (8000, 24000) and len(want) == 12000 == len(x):        # a part is that part of the whole
         near(load_audio(path, 24000, 0.125, 0.25)[0, 200:-200], x[3200:8800], 1e-3)
 
-
-# --- train_sat.py: sounds --------------------------------------------------------------------------------------------
 
 CONFIG = SATConfig(sample_rate=8000, seconds=0.2, strides=(2, 4, 5))  # windows of 1600 samples
 
@@ -932,10 +889,6 @@ def test_every_sound_in_a_folder_is_found(tmp_path, capsys):
     done = capsys.readouterr()
     assert "9 readable sounds, 4 unreadable, 2 files of other kinds" in done.out
     assert all(f"{inside / name}: " in done.err for name in ("nowhere.wav", "pipe.wav", "text.wav", "empty.wav"))
-    (tmp_path / "nothing").mkdir()
-    for folder in (tmp_path / "absent", tmp_path / "nothing", inside / "a b.wav"):
-        with pytest.raises(UserError, match=re.escape(str(folder))):
-            train_sat.find_sounds(folder)
 
 
 def test_windows_are_pieces_of_their_files(tmp_path, capsys):
@@ -1025,12 +978,9 @@ def small_training(stage, out, data, *more, device="cpu", sat=None, **plan):
     train_aar.train(args, sat, MelEmbedder(8000).to(device), config, plan, device)
 
 
-def tensors_of(tree, name=""):
-    """All tensors in a checkpoint: {path in it: tensor}."""
-    tree = torch.load(tree, weights_only=True)["parts"] if isinstance(tree, Path) else tree
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    inner = {k: x for key, part in items for k, x in tensors_of(part, f"{name}.{key}").items()}
-    return inner | ({name: tree} if torch.is_tensor(tree) else {})
+def tensors_of(path):
+    """All tensors in a checkpoint."""
+    return [x for x in tree_leaves(torch.load(path, weights_only=True)["parts"]) if torch.is_tensor(x)]
 
 
 def at_step(monkeypatch, step, action):
@@ -1039,13 +989,11 @@ def at_step(monkeypatch, step, action):
     monkeypatch.setattr(train_sat, "learning_rate", lambda i, plan: (action() if i == step else 0, rate(i, plan))[1])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("how, device", [("SIGINT", "cpu"), ("SIGTERM", "cpu"), ("SIGKILL", "cpu"),
+                                         pytest.param("SIGINT", "cuda", marks=cuda)])
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_resumed_equals_uninterrupted(stage, how, device, tmp_path, monkeypatch, wav_folder):
     """Stopped by Ctrl-C or TERM, which save, or killed, and resumed: the same as in one go, on the CPU to the bit."""
-    if (how, device) == ("SIGKILL", "cuda"):
-        pytest.skip("a process that has used CUDA cannot fork")
     one, stopped, steps = tmp_path / "one-go.pt", tmp_path / "stopped.pt", 4 if device == "cpu" else 10
     train = functools.partial(small_training, stage, data=wav_folder, device=device, steps=steps)
     train(out=one)
@@ -1065,25 +1013,20 @@ def test_resumed_equals_uninterrupted(stage, how, device, tmp_path, monkeypatch,
     small_training(stage, tmp_path / "seed.pt", wav_folder, "--seed", "1", device=device, steps=steps)
     a, b, other = (tensors_of(path) for path in (one, stopped, tmp_path / "seed.pt"))
     far = (0, 0) if device == "cpu" else (1e-4, 1e-5)
-    assert len(a) > 20 and a.keys() == b.keys() and all(torch.allclose(a[name], b[name], *far) for name in a)
-    assert not all(torch.equal(a[name], other[name]) for name in a)
+    assert len(a) > 20 and all(torch.allclose(x, y, *far) for x, y in zip(a, b, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(a, other))
 
 
-def test_resume_wants_the_same_sounds_and_settings(tmp_path, wav_folder):
-    """A renamed folder is the same, other contents and plans are not; nothing is overwritten."""
-    out = tmp_path / "x.pt"
-    shutil.copytree(wav_folder, tmp_path / "a")
-    small_training("sat", out, tmp_path / "a")
-    before = out.read_bytes()
+def test_resume_wants_the_same_sounds_and_settings(tmp_path):
+    """A renamed folder is the same; other contents, plans and seeds are named and refused."""
+    noise_folder(tmp_path / "a", ["0.wav", "1.wav"])
+    small_training("sat", tmp_path / "x.pt", tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    small_training("sat", out, tmp_path / "b", "--resume")            # a finished run has nothing left to do
-    for match, plan, more in (("exists.*--resume", {}, []), ("lr 0.001 -> 0.1", {"lr": 0.1}, ["--resume"]),
-                              ("seed 0 -> 1", {}, ["--resume", "--seed", "1"]), ("sounds ", {}, ["--resume"])):
-        if match == "sounds ":
-            soundfile.write(tmp_path / "b/150.wav", sine(160, 16000, 1.2), 16000)
-        with pytest.raises(UserError, match=match):
-            small_training("sat", out, tmp_path / "b", *more, **plan)
-    assert out.read_bytes() == before
+    small_training("sat", tmp_path / "x.pt", tmp_path / "b", "--resume")                     # nothing is left to do
+    noise_folder(tmp_path / "b", ["1.wav", "0.wav"], 0.6)
+    with pytest.raises(UserError) as error:
+        small_training("sat", tmp_path / "x.pt", tmp_path / "b", "--resume", "--seed", "1", lr=0.1)
+    assert all(change in str(error.value) for change in ("lr 0.001 -> 0.1", "seed 0 -> 1", "sounds "))
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -1098,7 +1041,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stage, hours, tmp_path, monkeyp
     with pytest.raises(UserError, match="step 13: [a-z]+ is not finite; the last checkpoint is kept"):
         small_training(stage, path, wav_folder, steps=100, adversarial_at=1.0)
     assert torch.load(path, weights_only=True)["step"] in range(10, 14)
-    assert all(x.isfinite().all() for x in tensors_of(path).values())
+    assert all(x.isfinite().all() for x in tensors_of(path))
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -1130,18 +1073,17 @@ def test_init_starts_from_the_weights_of_a_checkpoint(whose, theirs, trained, tm
     sats = [aar.load_sat(path["sat"]) for path in (out, paths)]
     models = [aar.load_aar(path["aar"], sats[0]) for path in (out, paths)]
     for a, b in (sats, models):
-        assert dataclasses.replace(a.config, **{}) == b.config and aar.fingerprint(a) == aar.fingerprint(b)
+        assert a.config == b.config and aar.fingerprint(a) == aar.fingerprint(b)
 
 
-# --- What is measured ------------------------------------------------------------------------------------------------
+# --- What is measured, and the condition -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, m, C", [(50, 80, 6), (300, 100, 40), (5, 7, 30)])
 def test_frechet_distance_equals_the_formula(n, m, C):
-    """By numpy's covariances and scipy's matrix square root; also for fewer clips than numbers."""
-    from scipy.linalg import sqrtm
+    """By numpy's covariances and eigenvalues; also for fewer clips than numbers."""
     a, b = torch.randn(n, C) @ torch.randn(C, C) + 1, torch.randn(m, C) @ torch.randn(C, C)
     S, T = np.cov(a.double().T), np.cov(b.double().T)
-    root = np.trace(sqrtm(S @ T).real) if min(n, m) > C else np.sqrt(np.linalg.eigvals(S @ T).real.clip(0)).sum()
+    root = np.sqrt(np.linalg.eigvals(S @ T).real.clip(0)).sum()
     want = (a.double().mean(0) - b.double().mean(0)).square().sum().item() + np.trace(S) + np.trace(T) - 2 * root
     assert train_aar.frechet(a, b) == pytest.approx(want, rel=1e-4) == train_aar.frechet(b, a)
     assert train_aar.frechet(a, a) == pytest.approx(0, abs=1e-6)
@@ -1169,8 +1111,6 @@ def test_free_running_accuracy(pair):
     knows = types.SimpleNamespace(generate=lambda cond, sat, **_: sat.quantizer.quantize(f)[0])
     assert train_aar.free_running(knows, sat, f, cond).all()
 
-
-# --- The condition ---------------------------------------------------------------------------------------------------
 
 def roberta():
     from transformers import RobertaConfig, RobertaModel
@@ -1206,20 +1146,7 @@ def clap_file(tmp_path_factory):
     return fake_clap(tmp_path_factory.mktemp("clap") / "clap.pt")
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Nothing may ask for another machine's address: what does is noted, and fails."""
-    asked = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args) or 1 / 0)
-    yield
-    assert not asked
-
-
-quiet_clap = pytest.mark.filterwarnings("ignore:torch.meshgrid")      # laion-clap's
-
-
-@quiet_clap
-def test_clap_hears_ten_seconds_offline(clap_file, no_network):
+def test_clap_hears_ten_seconds_offline(clap_file):
     """A short sound is repeated whole, of a long one 10 s count; the same sine at two rates sounds alike."""
     seed = torch.get_rng_state()
     clap, other, x, long = CLAP(clap_file, 48000), CLAP(clap_file, 24000), noise(1, 1, 201600), noise(1, 1, 576000)
@@ -1232,14 +1159,13 @@ def test_clap_hears_ten_seconds_offline(clap_file, no_network):
     assert "laion_clap" not in sys.modules                            # importing it asks the network
 
 
-def test_clap_text_equals_roberta_by_hand(clap_file, no_network):
+def test_clap_text_equals_roberta_by_hand(clap_file):
     """Token by token, unpadded; only the first 77 tokens count. A tokenizer of another size is refused."""
     folder, prompts = clap_file.parent, ["rain on a train", "dog barks " * 20]
     words, clap, branch, project = fake_words(folder), CLAP(clap_file, 48000), roberta(), train_aar.projection(64)
     e, state = clap.text(prompts), torch.load(clap_file, weights_only=False)["state_dict"]
     for part, module in (("module.text_branch.", branch), ("module.text_projection.", project)):
-        own = {k.removeprefix(part): x for k, x in state.items() if k.startswith(part) and "position_ids" not in k}
-        module.load_state_dict(own)
+        module.load_state_dict({k.removeprefix(part): x for k, x in state.items()}, strict=False)
     for prompt, got in zip(prompts, e):
         ids = [0, *(words.index(word) for word in re.findall("ra|.", prompt.replace(" ", "\u0120"))[:75]), 2]
         near(got, F.normalize(project(branch(torch.tensor([ids])).pooler_output)[0], dim=0), 1e-5)
@@ -1251,7 +1177,6 @@ def test_clap_text_equals_roberta_by_hand(clap_file, no_network):
             clap.text(["rain"])
 
 
-@quiet_clap
 def test_what_is_no_clap_is_refused(tmp_path, clap_file, monkeypatch):
     """Foreign, truncated and absent files are the user's error, which tells where to get the right one."""
     monkeypatch.chdir(tmp_path)
@@ -1262,17 +1187,16 @@ def test_what_is_no_clap_is_refused(tmp_path, clap_file, monkeypatch):
         base.text(["a dog"])
     good, branch = torch.load(clap_file, weights_only=False)["state_dict"], "module.audio_branch.patch_embed."
     less = {k: x for k, x in good.items() if "audio_projection" not in k}
-    for i, content in enumerate([[1, 2], {"state_dict": None}, {"state_dict": Evil()}, less,
-                                 {branch + "proj.bias": torch.zeros(256)}, good | {branch + "fusion_model.x": less}]):
+    for i, content in enumerate([[1, 2], {"state_dict": Evil()}, less, good | {branch + "fusion_model.x": less}]):
         torch.save(content, f"{i}.pt")
     Path("short.pt").write_bytes(clap_file.read_bytes()[:100_000])
-    for path in (*(f"{i}.pt" for i in range(6)), "short.pt", "absent.pt", None):
+    for path in (*(f"{i}.pt" for i in range(4)), "short.pt", "absent.pt", None):
         with pytest.raises(UserError, match="630k-audioset-best.pt"):
             train_aar.build_embedder("clap", 48000, path)
     assert not Path("evil").exists()
 
 
-# --- sample.py and the command line ----------------------------------------------------------------------------------
+# --- sample.py, its page, the command line, and the README -----------------------------------------------------------
 
 AWKWARD = "a <b>&amp; \"c'\xe4"
 
@@ -1327,7 +1251,6 @@ def test_reconstructions_are_as_long_as_their_files(trained, tmp_path, capsys):
     assert "skipped" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:n_fft")
 def test_sounds_without_a_reference(trained, tmp_path, capsys):
     """A generator of toys makes one sound of each kind, and counts the kinds; another unconditional sounds."""
     assert list(listen(trained, tmp_path / "a", "-n", 3)) == ["sound-1.wav", "sound-2.wav", "sound-3.wav"]
@@ -1338,7 +1261,6 @@ def test_sounds_without_a_reference(trained, tmp_path, capsys):
     assert re.search(r"\d of 10 ", capsys.readouterr().out)
 
 
-@quiet_clap
 def test_sounds_for_words(trained, clap_file, wav_folder, tmp_path, capsys):
     """A generator that was trained with CLAP, and no other, makes sounds of words; it wants the same CLAP."""
     fake_words(clap_file.parent)
@@ -1350,9 +1272,8 @@ def test_sounds_for_words(trained, clap_file, wav_folder, tmp_path, capsys):
     want = (clap(clip(*found.values())) * clap.text([words[name.startswith("ra.")] for name in found])).sum(1)
     got = sorted(re.findall(r"wrote .*/(.*\.wav)  similarity (\S+)", capsys.readouterr().out))
     assert len(found) == 4 and [float(s) for _, s in got] == pytest.approx(want.tolist(), abs=0.02)
-    for who, match in ((both, "--clap"), (trained, "knows no words")):
-        with pytest.raises(UserError, match=match):
-            listen(who, tmp_path / "no", "--text", "ra")
+    with pytest.raises(UserError, match="--clap"):
+        listen(both, tmp_path / "no", "--text", "ra")
 
 
 def test_distance_of_two_folders(tmp_path, capsys):
@@ -1400,8 +1321,9 @@ def test_scripts_run_as_a_user_runs_them(trained, wav_folder, tmp_path):
         assert min(PIL.Image.open(tmp_path / f"{stage}.png").size) > 100
 
 
+BOTH = "--sat {sat} --aar {aar}"
 ERRORS = {
-    train_sat: "--steps 0; --batch -1; --lr nan; --lr inf; --seed -1; --device cuda:99; --data {tmp}/absent; "
+    train_sat: "--steps 0; --batch -1; --lr nan; --seed -1; --device cuda:99; --data {tmp}/absent; --data {wav}; "
                "--data {tmp}; --out {sat}; --out {tmp}/new.pt --resume; --out {aar} --resume; --seconds 0.1; "
                "--out {sat} --resume --rvq; --seconds nan; --phis 17; --rvq 0; --init {aar}; --eval {aar}; "
                "--eval {tmp}/absent.pt",
@@ -1428,11 +1350,6 @@ def test_user_errors_end_in_one_line(line, trained, wav_folder, tmp_path, monkey
     assert error.value.code == 2 and last.startswith("error: ") and len(last) < 500
     assert [path.read_bytes() for path in trained.values()] == before and not list(tmp_path.glob("*.pt"))
 
-
-BOTH = "--sat {sat} --aar {aar}"
-
-
-# --- The page --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def page(trained, tmp_path_factory):
@@ -1478,26 +1395,23 @@ def test_page_in_a_browser(page, tmp_path):
         assert len(seen["sizes"]) == 8 and min(seen["sizes"]) > 100
 
 
-# --- The README ------------------------------------------------------------------------------------------------------
-
 DIFFS = re.findall(r"^ *```diff\n(.*?)^ *```", (HERE / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
-def test_exercises_apply_as_printed(diff):
+def test_exercises_apply_as_printed(diff, monkeypatch):
     """The lines that go are in aar.py exactly once, and with those that come in their place it runs."""
     source, module = (HERE / "aar.py").read_text(encoding="utf-8"), types.ModuleType("changed")
     for change in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", diff, re.M):
         old, new = (re.sub("^.", "", lines, flags=re.M) for lines in change)
         assert source.count(old) == 1, old
         source = source.replace(old, new)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "changed", module)
-        exec(compile(source, "changed aar.py", "exec"), vars(module))
-        sat = module.SAT(module.SATConfig(width=2, lstm=0, latent=4, V=8, disc_width=1)).train()
-        model = module.AAR(module.AARConfig(latent=4, V=8, depth=1))
-        assert sat(noise(1, 1, 24000))[0].shape == (1, 1, 24000)
-        assert sat.decode(model.generate(torch.zeros(1, 512), sat)).shape == (1, 1, 24000)
+    monkeypatch.setitem(sys.modules, "changed", module)
+    exec(compile(source, "changed aar.py", "exec"), vars(module))
+    sat = module.SAT(module.SATConfig(width=2, lstm=0, latent=4, V=8, disc_width=1)).train()
+    model = module.AAR(module.AARConfig(latent=4, V=8, depth=1))
+    assert sat(noise(1, 1, 24000))[0].shape == (1, 1, 24000)
+    assert sat.decode(model.generate(torch.zeros(1, 512), sat)).shape == (1, 1, 24000)
 
 
 # --- One CUDA GPU ----------------------------------------------------------------------------------------------------
