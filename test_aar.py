@@ -1069,7 +1069,13 @@ def test_init_starts_from_the_weights_of_a_checkpoint(whose, theirs, trained, tm
         monkeypatch.setattr(script, "train_step", lambda *_: {"loss": torch.zeros(())})      # leaves the weights alone
     monkeypatch.setattr(train_sat, "evaluate", lambda *_: {})
     train_sat.main([*common, str(paths["sat"]), "--out", str(out["sat"])])
-    train_aar.main([*common, str(paths["aar"]), "--out", str(out["aar"]), "--sat", str(paths["sat"])])
+    arguments = [*common, str(paths["aar"]), "--out", str(out["aar"]), "--sat", str(paths["sat"])]
+    if whose == "theirs":
+        with pytest.raises(UserError, match="--embedder clap"):
+            train_aar.main(arguments)
+        monkeypatch.setattr(train_aar, "build_embedder", lambda *_: MelEmbedder(24000).eval())
+        arguments += ["--embedder", "clap"]
+    train_aar.main(arguments)
     sats = [aar.load_sat(path["sat"]) for path in (out, paths)]
     models = [aar.load_aar(path["aar"], sats[0]) for path in (out, paths)]
     for a, b in (sats, models):

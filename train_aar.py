@@ -42,8 +42,13 @@ def main(argv=None):
         return evaluate(args, device)
     sat = aar.load_sat(args.sat, device)
     embedder = build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
-    config = aar.load_aar(args.init, sat).config if args.init else replace(
-        preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V, next_token=args.next_token)
+    config = replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
+                     next_token=args.next_token)
+    if args.init:
+        model = aar.load_aar(args.init, sat)
+        config, kind = model.config, model.embedder["kind"]
+        if kind != args.embedder:
+            raise UserError(f"{args.init} was trained with --embedder {kind}: add it")
     train(args, sat, embedder, config, train_sat.changed(preset.train_aar, args), device)
 
 
