@@ -242,7 +242,7 @@ class Page:
         aar.save_audio(sound, wav, sample_rate)
         figure = Figure(figsize=(4, 2.5), layout="constrained")
         axes = figure.subplots()
-        dB = aar.Mel(sample_rate, 1024, 80).dB(wav[None])[0]         # (80, frames)
+        dB = aar.Mel(sample_rate, 1024, 80).dB(wav[None])[0].numpy()  # (80, frames)
         image = axes.imshow(dB, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0,
                             extent=(0, wav.shape[1] / sample_rate, 0, 80))
         axes.set(xlabel="s", ylabel="mel band")
