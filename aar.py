@@ -541,7 +541,8 @@ class AAR(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):                        # half of 1 / fan_in
                 nn.init.trunc_normal_(module.weight, std=(2 * module.in_features) ** -0.5)
-                nn.init.zeros_(torch.empty(0) if module.bias is None else module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for p, std in ((self.cond[0].weight, 0.7), (self.level, 0.3), (self.position, 0.3)):
             nn.init.trunc_normal_(p, std=std)                        # 0.7: a condition has length 1, so small numbers
         for layer in self.layers:
