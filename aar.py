@@ -11,12 +11,12 @@
 5. Two stages: train_sat.py trains SAT (reconstruction, then discriminators); train_aar.py freezes it and trains AAR
    (cross-entropy).
 
-One step, written once as `MSRQ.add`, serves encoding, decoding, teacher forcing and generation:
+One step serves encoding, decoding, teacher forcing and generation:
 
     f_hat = 0
     for each scale k:
         r_k    = nearest code of down(f - f_hat, s_k)        only when encoding (Alg. 1)
-        f_hat += phi_k(up(codebook_k[r_k], T))               always             (Alg. 2)
+        f_hat += phi_k(up(codebook_k[r_k], T))               always (Alg. 2): this line is `MSRQ.add`
         next   = down(f_hat, s_{k+1})                        what the transformer reads for scale k+1
 
 Shapes, everywhere:  B batch   N samples   T latent frames   K scales   s_k tokens of scale k   L tokens of all scales
@@ -163,12 +163,12 @@ class Codebook(nn.Module):
         hits = chose.sum(0)
         self.usage.lerp_(hits / M, 1 - decay)
         self.sum.lerp_(chose.T @ z / M, 1 - decay)
-        self.idle.copy_(torch.where(hits > 0, 0.0, self.idle + M))
+        self.idle.add_(M).masked_fill_(hits > 0, 0)
         dead = (self.idle > 20 * V) | (self.usage == 0)              # usage is 0 in k-means only (decay 0)
         restart = z[torch.randint(M, (V,), device=z.device)]
-        self.usage.copy_(torch.where(dead, 1 / V, self.usage))
         self.sum.copy_(torch.where(dead[:, None], restart / V, self.sum))
-        self.idle.copy_(torch.where(dead, 0.0, self.idle))
+        self.usage.masked_fill_(dead, 1 / V)
+        self.idle.masked_fill_(dead, 0)
         self.codes.copy_(self.sum / self.usage[:, None])
 
     def kmeans(self, z, rounds=10):
@@ -222,9 +222,9 @@ class MSRQ(nn.Module):
             tokens, f_hats, residuals = self.quantize(f)
             # Same value, different gradients: the commitment loss trains the encoder, the second one the phis.
             losses = [F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach()) for f_hat in f_hats]
-        if self.training:                                            # no code moves before all scales have chosen
-            for codebook, z, r_k in zip(self.codebooks, residuals, tokens):
-                codebook.update(z.flatten(0, 1), r_k.flatten())
+            if self.training:                                        # no code moves before all scales have chosen
+                for codebook, z, r_k in zip(self.codebooks, residuals, tokens):
+                    codebook.update(z.flatten(0, 1), r_k.flatten())
         # Straight-through, ONCE around the whole of MSRQ: the value is f_hat_K, the gradient passes to f unchanged.
         return f + (f_hats[-1] - f).detach(), tokens, sum(losses) / len(losses)
 
@@ -283,7 +283,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width
-        layers = [conv(1, c, 7, gain=8)]                             # RMS 1/8 -> 1: ELU is nearly linear around 0
+        layers = [conv(1, c, 7, gain=8)]                             # RMS 1/8 -> 1: around 0 ELU is nearly linear
         for r in config.strides:
             layers += [Residual(c), nn.ELU(), conv(c, 2 * c, 2 * r, stride=r)]
             c *= 2
@@ -312,11 +312,11 @@ class SAT(nn.Module):
         self.config = config
         self.encoder, self.quantizer, self.decoder = Encoder(config), MSRQ(config), Decoder(config)
         for name, p in self.named_parameters():
-            if "bias" in name:                                       # 0 and not learned, which gains 0.4 dB of log-mel;
-                nn.init.zeros_(p).requires_grad_(False)              # the authors' weights bring theirs
+            if "bias" in name:                                       # all are 0 and not learned: that gains 0.4 dB
+                nn.init.zeros_(p).requires_grad_(False)              # of log-mel; the authors' weights bring theirs
 
     def latents(self, wav):
-        """Waveform (B, 1, N) -> latents (B, D, T), T = ceil(N / hop) >= 4; the end is padded with silence."""
+        """Waveform (B, 1, N) -> latents (B, D, T); silence fills the last frame, and 4 frames, to reflect 3 of them."""
         N, hop = wav.shape[-1], self.config.hop
         return self.encoder(F.pad(wav, (0, max(-N % hop, 4 * hop - N))))
 
@@ -347,17 +347,17 @@ class SAT(nn.Module):
 
 # --- Discriminators and the losses of stage 1 -----------------------------------------------------------------------
 class Discriminator(nn.Module):
-    """Judges a picture of the sound. (B, 1, N) -> the output of each convolution; the last one holds the logits."""
+    """Judges a 2-D view of the sound. (B, 1, N) -> the output of each convolution; the last one holds the logits."""
 
-    def __init__(self, picture, convs):
+    def __init__(self, view, convs):
         super().__init__()
-        self.picture, self.convs = picture, nn.ModuleList(convs)
+        self.view, self.convs = view, nn.ModuleList(convs)
         for layer in self.convs:
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
             nn.init.zeros_(layer.bias)
 
     def forward(self, wav):
-        maps = [self.convs[0](self.picture(wav))]
+        maps = [self.convs[0](self.view(wav))]
         for layer in self.convs[1:]:
             maps.append(layer(F.leaky_relu(maps[-1], 0.2)))
         return maps
@@ -384,8 +384,8 @@ class Discriminators(nn.ModuleList):
             *(nn.Conv2d(c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d)) for d in (1, 2, 4)),
             nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 1, 3, padding=1)]) for window in (2048, 1024, 512, 256, 128)])
         self.extend(Discriminator(functools.partial(columns, p=p), [
-            *(nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0)) for a, b in ((1, c), (c, 2 * c), (2 * c, 4 * c))),
-            nn.Conv2d(4 * c, 8 * c, (5, 1), stride=(3, 1), padding=(2, 0)),
+            *(nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))
+              for a, b in ((1, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c))),
             nn.Conv2d(8 * c, 8 * c, (5, 1), padding=(2, 0)),
             nn.Conv2d(8 * c, 1, (3, 1), padding=(1, 0))]) for p in (2, 3, 5, 7, 11))
 
@@ -411,7 +411,7 @@ def feature_loss(real, fake):
 
 
 class Mel(nn.Module):
-    """Mel spectrogram of magnitudes, (B, 1, N) -> (B, n_mels, frames); an STFT bin of a full-scale sine is 1 (0 dB)."""
+    """Mel spectrogram of magnitudes, (B, 1, N) -> (B, n_mels, frames); a full-scale sine has 1 (0 dB) in its bin."""
 
     def __init__(self, sample_rate, window, n_mels):
         super().__init__()
@@ -446,7 +446,7 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of the error x - y in means of 4 samples, relative to the energy of x; x, y (B, 1, N). Not in the paper.
+    """Energy of x - y, averaged over every 4 samples, relative to the energy of x; (B, 1, N). Not in the paper.
 
     Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Means of 4 keep what is below 3 kHz:
     above, where phases cannot be guessed, such a loss only makes noise too quiet. The added 1e-5 is -50 dB.
@@ -457,17 +457,17 @@ def wave_loss(x, y):
 
 # --- Transformer: acoustic autoregressive model, AAR (Fig. 2 right) -------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head attention with unit-length queries and keys and a learned temperature per head (QK-norm)."""
+    """Multi-head attention with unit-length queries and keys and a learned logit scale per head (QK-norm)."""
 
     def __init__(self, C, H):
         super().__init__()
         self.H = H
         self.qkv, self.proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))       # keys have none
-        self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # log temperature of the cosines
+        self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # of the cosines: 4, at most 100
 
     def forward(self, x, mask=None, cache=None, at=0):
-        """x (B, n, C), the places at .. at + n - 1 -> (B, n, C). `cache` (2, B, H, L, C/H): keys and values so far."""
+        """x (B, n, C) at positions at .. at + n - 1 -> (B, n, C). `cache` (2, B, H, L, C/H): keys and values so far."""
         B, n, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H)
@@ -478,6 +478,7 @@ class Attention(nn.Module):
             keys, values = cache
             keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
             k, v = keys[:, :, :at + n], values[:, :, :at + n]        # only blocks that may be seen, so no mask
+        # Under autocast F.normalize returns float32, v is bfloat16.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
         return self.proj(x.transpose(1, 2).reshape(B, n, C))
 
@@ -526,7 +527,7 @@ class AAR(nn.Module):
         C, H, L, K = 64 * config.depth, config.depth, sum(config.scales), len(config.scales)
         self.blocks_of = [[1] * s if config.next_token else [s] for s in config.scales]     # the blocks of each scale
         blocks = sum(self.blocks_of, [])
-        self.first = blocks[0]                                       # tokens that the start token predicts: mostly 1
+        self.first = blocks[0]                                       # the start token predicts them; 1 unless flat
         self.null = nn.Parameter(torch.randn(config.cond_dim) / config.cond_dim ** 0.5)     # "no condition", learned
         self.cond = nn.Sequential(nn.Linear(config.cond_dim, C, False), nn.GELU("tanh"), nn.Linear(C, C, False))
         self.input = nn.Linear(config.latent, C)
@@ -539,12 +540,12 @@ class AAR(nn.Module):
         self.register_buffer("mask", block_mask(blocks), persistent=False)                              # (L, L)
 
         for module in self.modules():
-            if isinstance(module, nn.Linear):                        # half of 1 / fan_in
+            if isinstance(module, nn.Linear):                        # variance 1 / (2 fan_in)
                 nn.init.trunc_normal_(module.weight, std=(2 * module.in_features) ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for p, std in ((self.cond[0].weight, 0.7), (self.level, 0.3), (self.position, 0.3)):
-            nn.init.trunc_normal_(p, std=std)                        # 0.7: a condition has length 1, so small numbers
+            nn.init.trunc_normal_(p, std=std)                        # 0.7: the entries of a unit vector are small
         for layer in self.layers:
             layer.attention.proj.weight.data /= math.sqrt(2 * config.depth)      # 2 d branches add to the stream
             layer.mlp[2].weight.data /= math.sqrt(2 * config.depth)
@@ -559,9 +560,9 @@ class AAR(nn.Module):
         return c[:, None], [*mods, self.head_adaln(c).view(len(c), 2, 1, -1)]
 
     def logits(self, x, mods, mask=None, caches=None, at=0):
-        """Inputs x (B, n, C) of the places at .. at + n - 1 -> logits (B, n, V): shared by training and generation."""
-        places = slice(at, at + x.shape[1])
-        x = x + self.level[self.level_of[places]] + self.position[places]
+        """Inputs x (B, n, C) at positions at .. at + n - 1 -> logits (B, n, V): shared by training and generation."""
+        here = slice(at, at + x.shape[1])
+        x = x + self.level[self.level_of[here]] + self.position[here]
         for i, layer in enumerate(self.layers):
             x = layer(x, mods[i], mask, caches and caches[i], at)
         return self.head(modulate(x, *mods[-1].unbind(1))).float()
@@ -576,11 +577,11 @@ class AAR(nn.Module):
         return self.logits(x, mods, self.mask)
 
     @torch.no_grad()
-    def generate(self, cond, sat, cfg=4.0, top_k=0, top_p=0.8, generator=None):
+    def generate(self, cond, sat, cfg=4.0, top_k=0, top_p=0.8, generator=None, ramp=True):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
 
-        cfg: guidance t grows linearly with the scale, t_k = cfg * k / (K - 1), and the logits are
-        (1 + t_k) conditional - t_k unconditional (Fig. 4). top_k, top_p: see `draw`. generator: on the model's device.
+        Guidance: the logits are (1 + t_k) conditional - t_k unconditional. t_k grows from 0 to cfg (Fig. 4) or,
+        without `ramp`, is cfg at every scale. top_k, top_p: see `draw`. generator: on the model's device.
         It computes in the dtype of the model's weights: model.bfloat16() is the fast way.
         """
         config, B, dtype = self.config, len(cond), self.input.weight.dtype
@@ -593,12 +594,12 @@ class AAR(nn.Module):
         for k in range(len(config.scales)):
             r_k = []
             for n in self.blocks_of[k]:
-                x = start.expand(-1, n, -1)                          # both halves of guidance read the same
-                if at:
+                x = start.expand(-1, n, -1)
+                if at:                                               # both halves of guidance read the same tokens
                     x = self.input(read.to(dtype)).repeat(len(cond) // B, 1, 1)
                 logits = self.logits(x, mods, caches=caches, at=at)
                 if cfg:
-                    t = cfg * k / max(len(config.scales) - 1, 1)
+                    t = cfg * k / max(len(config.scales) - 1, 1) if ramp else cfg
                     logits = (1 + t) * logits[:B] - t * logits[B:]
                 r_k.append(draw(logits, top_k, top_p, generator))
                 at += n
@@ -619,7 +620,8 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
         p, order = logits.softmax(-1).sort(-1, descending=True)
         drop = p.cumsum(-1) - p >= max(top_p, 1e-9)                  # those before it hold enough
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    noise = torch.empty_like(logits).exponential_(generator=generator)       # multinomial would wait for the device
+    # argmax of p / Exp(1) is a draw from p; torch.multinomial would wait for the device.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(-1) / noise).argmax(-1)
 
 
@@ -632,10 +634,10 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def fast_dtype(device):
-    """What the transformer multiplies in: bfloat16 if the device gains by it, else float32."""
+def fast_dtype(device, convolutions=False):
+    """bfloat16 if the device multiplies faster in it, else float32. A CPU's bfloat16 convolutions can be wrong."""
     fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+            or device.type == "cpu" and not convolutions and torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -649,7 +651,7 @@ def graphed(step, generator=None):
 
     def call(*inputs):
         nonlocal graph, out, calls
-        static.extend(x.clone() for x in inputs[len(static):])       # the first call only
+        static[:] = static or [x.clone() for x in inputs]
         if not inputs[0].is_cuda or graph is False or [x.shape for x in static] != [x.shape for x in inputs]:
             return step(*inputs)
         for a, b in zip(static, inputs):
@@ -746,13 +748,11 @@ def fingerprint(model):
 def load_sat(path, device="cpu"):
     """Checkpoint of stage 1, ours or the authors' -> the tokenizer. Raises UserError if the file is none."""
     state = load(path, "sat")
-    if "generator_state_dict" in state:
-        tensors = Published(path, state["generator_state_dict"])
-        V, latent = tensors["quantizer.vq.layers.0._codebook.embed"].shape
-        sat = tensors.fill(SAT(SATConfig(V=V, latent=latent)))
-    else:
-        sat = ours(path, state, SAT, SATConfig)
-    return sat.to(device).eval()
+    if "generator_state_dict" not in state:
+        return ours(path, state, SAT, SATConfig).to(device).eval()
+    tensors = Published(path, state["generator_state_dict"])
+    V, latent = tensors["quantizer.vq.layers.0._codebook.embed"].shape
+    return tensors.fill(SAT(SATConfig(V=V, latent=latent))).to(device).eval()
 
 
 def load_aar(path, sat, device="cpu"):
@@ -773,10 +773,10 @@ def load_aar(path, sat, device="cpu"):
     return model.to(device).eval()
 
 
-def ours(path, state, kind, config):
+def ours(path, state, model_class, config_class):
     """A model from a checkpoint of this program. Raises UserError if it is of another version."""
     try:
-        model = kind(config(**state["config"]))
+        model = model_class(config_class(**state["config"]))
         model.load_state_dict(state["parts"][state["kind"]])
         done, steps = state["step"], state["run"]["steps"]
     except (KeyError, TypeError, ValueError, RuntimeError) as e:

@@ -43,9 +43,9 @@ def arguments(argv=None):
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, for a generator with CLAP and for --fad")
     p.add_argument("-n", type=int, default=4, help="how many sounds (default: 4)")
     p.add_argument("--scales", type=int, metavar="K", help="decode only the first K scales (default: all)")
-    p.add_argument("--cfg", type=float, default=4.0, help="guidance at the last scale; 0: none (default: 4)")
+    p.add_argument("--cfg", type=float, help="guidance; 0: none (default: 3; the authors': from 0 to 4)")
     p.add_argument("--top-k", type=int, help="draw from the K likeliest codes; 0: all (default: 0; the authors': 200)")
-    p.add_argument("--top-p", type=float, help="and that hold this probability (default: 0.8; the authors': 0.95)")
+    p.add_argument("--top-p", type=float, help="and that hold this probability (default: 0.5; the authors': 0.95)")
     p.add_argument("--seed", type=int, default=0, help="of the sounds (default: 0)")
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--out", default="samples", help="folder to write into (default: samples)")
@@ -60,9 +60,7 @@ def main(argv=None):
     if args.fad:
         return compare_folders(args, device)
     sat, page = aar.load_sat(args.sat, device), Page(args.out)
-    rate, K, V = sat.config.sample_rate, len(sat.config.scales), sat.config.V
-    if (args.scales or 1) > K or (args.top_k or 0) > V:
-        raise UserError(f"--scales is at most {K}, --top-k at most {V} here, got {args.scales} and {args.top_k}")
+    rate = sat.config.sample_rate
     if args.reconstruct:
         for path in map(Path, args.reconstruct):
             try:
@@ -72,19 +70,19 @@ def main(argv=None):
                 continue
             page.add(f"{path.name}, original", wav, rate)
             page.add(f"{path.stem}.reconstruction", reconstruct(sat, wav.to(device), args.scales), rate, write=True)
-        return page.write("Reconstructions", f"{args.scales or 'All'} of {K} scales.")
+        return page.write("Reconstructions", f"Scales decoded: {args.scales or 'all'}.")
 
     model = aar.load_aar(args.aar, sat, device)
     kind, theirs = model.embedder["kind"], "published" in model.embedder
-    top_k = (200 if theirs else 0) if args.top_k is None else args.top_k
-    top_p = (0.95 if theirs else 0.8) if args.top_p is None else args.top_p
-    what = (f"{'The authors’ weights. ' if theirs else ''}Guidance {args.cfg:g}, top-k {top_k}, top-p {top_p:g}, "
-            f"seed {args.seed}, condition {kind}. Similarity: cosine of the conditions.")
+    how = {"cfg": 4.0, "top_k": 200, "top_p": 0.95, "ramp": True} if theirs else train_aar.SAMPLING
+    how = how | {name: value for name, value in vars(args).items() if name in how and value is not None}
+    what = (f"{'The authors’ weights. ' if theirs else ''}Guidance {how['cfg']:g}{', from 0 on' if theirs else ''}, "
+            f"top-k {how['top_k']}, top-p {how['top_p']:g}, seed {args.seed}, condition {kind}. "
+            "Similarity: cosine of the conditions.")
     print(what)
     model.to(aar.fast_dtype(device))
-    generator = torch.Generator(device).manual_seed(args.seed)
-    settings = sat, args.cfg, top_k, top_p, generator
-    make = aar.graphed(lambda cond: sat.decode(model.generate(cond, *settings)[:args.scales]), generator)
+    how["generator"] = generator = torch.Generator(device).manual_seed(args.seed)
+    make = aar.graphed(lambda cond: sat.decode(model.generate(cond, sat, **how)[:args.scales]), generator)
 
     def generate(cond):                                              # 16 at a time: any -n fits the memory
         return torch.cat([make(part.to(device)).cpu() for part in cond.split(16)])
@@ -118,23 +116,20 @@ def loudest_window(path, config):
     wav, N = aar.load_audio(path, config.sample_rate), config.samples
     wav = F.pad(wav, (0, max(0, N - wav.shape[1])))
     start = wav.unfold(1, N, N // 10).std(-1).argmax().item() * (N // 10)
-    times = f"{start / config.sample_rate:.1f} to {(start + N) / config.sample_rate:.1f} s"
-    print(f"reference: {times} of {path}, its loudest window")
+    print(f"reference: the loudest window of {path}, from {start / config.sample_rate:.1f} s")
     return wav[:, start:start + N]
 
 
 def reconstruct(sat, wav, n):
     """A sound of any length, (1, N), through the first n scales: windows that overlap by a tenth are cross-faded."""
-    size = sat.config.samples
-    fade = size // 10
-    weight = torch.minimum(torch.arange(1, size + 1), torch.arange(size, 0, -1)).clamp(max=fade).to(wav) / fade
-    starts = range(0, max(1, wav.shape[1] - fade), size - fade)
-    padded = F.pad(wav, (0, starts[-1] + size - wav.shape[1]))
-    y, total = torch.zeros_like(padded), torch.zeros_like(padded)
-    for window in (slice(start, start + size) for start in starts):
-        y[:, window] += weight * sat.decode(sat.encode(padded[None, :, window])[:n])[0]
-        total[:, window] += weight
-    return (y / total)[:, :wav.shape[1]]
+    N, size, fade = wav.shape[1], sat.config.samples, sat.config.samples // 10
+    wav = F.pad(wav, (0, max(size - N, (fade - N) % (size - fade))))
+    windows = wav.unfold(1, size, size - fade).transpose(0, 1)       # (windows, 1, size)
+    y = torch.cat([sat.decode(sat.encode(window[None])[:n]) for window in windows])
+    weight = torch.minimum(torch.arange(1, size + 1), torch.arange(size, 0, -1)).clamp(max=fade).to(wav)
+    total, made = (F.fold(x.flatten(1).T, (1, wav.shape[1]), (1, size), stride=(1, size - fade))[0]
+                   for x in (weight.expand_as(windows), weight * y))
+    return (made / total)[:, :N]
 
 
 def toys(args, sat, embedder, generate, page, what):
@@ -163,48 +158,50 @@ def compare_folders(args, device):
     embedder = train_aar.build_embedder("clap" if args.clap else "mel", 24000, args.clap).to(device)
     embeddings = []
     for folder in args.fad:                                          # our own references do not count as made
-        files = [file for file in train_sat.find_sounds(folder) if ".reference" not in file[0].suffixes]
+        files = [file for file in train_sat.find_sounds(folder) if ".reference" not in file[1].suffixes]
         data = train_sat.Windows(files, aar.SATConfig(), args.seed, held_back=True)
         embeddings.append(torch.cat([embedder(data[i][None].to(device)).cpu() for i in range(len(data))]))
     reference, made = embeddings
     print(f"Frechet distance {train_aar.frechet(made, reference):.3f}: {len(made)} sounds against {len(reference)}")
     print(f"Frechet distance {train_aar.frechet(reference[::2], reference[1::2]):.3f}: two halves of the reference")
-    print("below 512 sounds, the dimensions of the embedding, compare only distances of equally many")
 
 
 def bench(preset, device):
     """Print how long each part takes with random weights; a training step is one of the preset's batches."""
     config, cuda = preset.sat, device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}\n\n| what | batch | ms | ms per clip |\n| --- | ---: | ---: | ---: |")
+    print(f"{name}, torch {torch.__version__}; peak: GB of the GPU\n")
+    print("| what | batch | ms | ms per clip | calls | ms per call | peak |\n| --- |" + " ---: |" * 6)
 
-    def measure(what, step, *inputs):
+    def measure(what, step, *inputs, calls=1):
         step, times, B = aar.graphed(step), [], len(inputs[0])
+        torch.cuda.reset_peak_memory_stats() if cuda else None
         for _ in range(8 if cuda else 3):                            # the first ones warm up and capture
             since = time.perf_counter()
             step(*inputs)
             torch.cuda.synchronize() if cuda else None
             times.append(1000 * (time.perf_counter() - since))
-        print(f"| {what} | {B} | {min(times):.1f} | {min(times) / B:.2f} |", flush=True)
-        return min(times)
+        ms, peak = min(times), torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0
+        print(f"| {what} | {B} | {ms:.1f} | {ms / B:.2f} | {calls} | {ms / calls:.2f} | {peak:.1f} |", flush=True)
+        return ms
 
-    def generation(what, config, next_token, batch=1):
-        sat = aar.SAT(config).to(device)
+    def generation(what, config, batch=1):
+        sat, next_token = aar.SAT(config).to(device), config.schedule == "flat"
         model = aar.AAR(replace(preset.aar, scales=config.scales, next_token=next_token)).eval()
         model.to(device, aar.fast_dtype(device))
-        return measure(what, lambda cond: sat.decode(model.generate(cond, sat)), cond[:batch])
+        return measure(f"next-{what} generation", lambda cond: sat.decode(model.generate(cond, sat)), cond[:batch],
+                       calls=sum(config.scales) if next_token else config.n_scales)
 
     sat, discriminators, optimizers, _ = train_sat.build(config, device)
     wav = 0.1 * torch.randn(preset.train_sat.batch, 1, config.samples, device=device)
     cond = torch.randn(preset.train_aar.batch, preset.aar.cond_dim, device=device)
     measure("encode", sat.encode, wav[:1])
     measure("decode", lambda *r: sat.decode(r), *sat.encode(wav[:1]))
-    by_scale = generation("next-scale generation", config, False)
-    if cuda:
-        generation("next-scale generation", config, False, len(cond))
-    flat = replace(config, schedule="flat", n_scales=10, phis=0)     # Fig. 3: residual VQ, 750 tokens a second
-    by_token = generation("next-token generation", flat, True)
-    print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | |")
+    by_scale = generation("scale", config)
+    generation("scale", config, len(cond))
+    # Fig. 3: residual VQ, 750 tokens a second, against 16 scales
+    by_token = generation("token", replace(config, schedule="flat", n_scales=10, phis=0))
+    print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | | | | |")
     parts = sat, discriminators, optimizers, aar.MelLoss(config.sample_rate).to(device)
     for what, adversarial in (("step of stage 1", False), ("step of stage 1, discriminators", True)):
         measure(what, lambda x: train_sat.train_step(*parts, True, adversarial, x), wav)
@@ -242,9 +239,8 @@ class Page:
         aar.save_audio(sound, wav, sample_rate)
         figure = Figure(figsize=(4, 2.5), layout="constrained")
         axes = figure.subplots()
-        dB = aar.Mel(sample_rate, 1024, 80).dB(wav[None])[0].numpy()  # (80, frames)
-        image = axes.imshow(dB, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0,
-                            extent=(0, wav.shape[1] / sample_rate, 0, 80))
+        image = axes.imshow(aar.Mel(sample_rate, 1024, 80).dB(wav[None])[0], "magma", origin="lower", aspect="auto",
+                            vmin=-80, vmax=0, extent=(0, wav.shape[1] / sample_rate, 0, 80))
         axes.set(xlabel="s", ylabel="mel band")
         figure.colorbar(image, label="dB")
         figure.savefig(picture, dpi=120)

@@ -22,6 +22,10 @@ import train_sat
 from aar import AAR, UserError
 
 
+# How to draw from a generator of ours. Guidance at all scales follows the reference better than the paper's ramp.
+SAMPLING = {"cfg": 3.0, "top_k": 0, "top_p": 0.5, "ramp": False}
+
+
 def arguments(argv=None):
     p = train_sat.common_arguments(__doc__, "aar.pt")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1, ours or the authors' (default: sat.pt)")
@@ -29,9 +33,7 @@ def arguments(argv=None):
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, for --embedder clap")
     p.add_argument("--next-token", action="store_true", help="the baseline: one token per step")
     p.add_argument("--eval", metavar="FILE", help="train nothing; measure on the held-back clips")
-    p.add_argument("--cfg", type=float, nargs="+", default=[4.0], help="for --eval: guidance; each value is measured")
-    p.add_argument("--top-k", type=int, nargs="+", default=[0], help="for --eval, likewise")
-    p.add_argument("--top-p", type=float, nargs="+", default=[0.8], help="for --eval, likewise")
+    p.add_argument("--cfg", type=float, nargs="+", default=[SAMPLING["cfg"]], help="for --eval: guidance, one or more")
     return p.parse_args(argv)
 
 
@@ -47,8 +49,9 @@ def main(argv=None):
     if args.init:
         model = aar.load_aar(args.init, sat)
         config, kind = model.config, model.embedder["kind"]
-        if kind != args.embedder:
-            raise UserError(f"{args.init} was trained with --embedder {kind}: add it")
+        if kind != args.embedder or args.next_token != config.next_token:
+            raise UserError(f"{args.init} was trained with --embedder {kind}{' --next-token' * config.next_token}: "
+                            "give the same")
     train(args, sat, embedder, config, train_sat.changed(preset.train_aar, args), device)
 
 
@@ -62,16 +65,16 @@ class MelEmbedder(nn.Module):
         self.mel = aar.Mel(sample_rate, 1024, 64)
         i = torch.arange(32)[:, None]
         dct = torch.cos(i * (torch.arange(64) + 0.5) * np.pi / 64)                      # (32, 64)
-        self.register_buffer("time", dct[:14].T / 64)                # saved: the fingerprint changes with it
-        self.register_buffer("pitch", dct * (i + 1).sqrt())
+        self.register_buffer("over_time", dct[:14].T / 64)           # saved: the fingerprint changes with it
+        self.register_buffer("over_mels", dct * (i + 1).sqrt())      # to cepstra, the higher ones lifted
 
     @torch.no_grad()
     def forward(self, wav):
         x = self.mel.dB(wav) / 80 + 1                                # (B, 64, frames)
-        c = self.pitch @ (x - x.mean((1, 2), keepdim=True))          # (B, 32, frames)
-        when = F.interpolate(c, size=64, mode="linear") @ self.time  # 14 cosine coefficients of each
-        much = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
-        return F.normalize(torch.cat([when, much], 2).flatten(1), dim=-1)
+        c = self.over_mels @ (x - x.mean((1, 2), keepdim=True))      # (B, 32, frames)
+        course = F.interpolate(c, size=64, mode="linear") @ self.over_time               # (B, 32, 14): when it is what
+        spread = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
+        return F.normalize(torch.cat([course, spread], 2).flatten(1), dim=-1)
 
 
 GET_CLAP = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
@@ -98,7 +101,7 @@ def projection(width):
 class CLAP(nn.Module):
     """Frozen laion-clap (arXiv 2211.06687) from a file: sounds and sentences that fit get close vectors."""
 
-    @torch.random.fork_rng(devices=[])                               # the first, random weights leave the seed alone
+    @torch.random.fork_rng(devices=[])                               # its random first weights must not move the seed
     def __init__(self, path, sample_rate):
         super().__init__()
         self.path, self.sample_rate = Path(path), sample_rate
@@ -110,8 +113,6 @@ class CLAP(nn.Module):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             state = {name.removeprefix("module."): x for name, x in state.get("state_dict", state).items()}
             width = len(state["audio_branch.patch_embed.proj.bias"])
-            if any("fusion_model" in name or "mel_conv" in name for name in state):
-                raise ValueError("a fusion checkpoint")
             self.tensors = {name: x for name, x in state.items() if not name.endswith("position_ids")}
             self.audio_branch = self.part("audio_branch", laion_clap("tiny" if width == 96 else "base"))
             self.audio_projection = self.part("audio_projection", projection(8 * width))
@@ -189,7 +190,7 @@ def tokenize(cache, key, sat, embedder, data, n):
 
 
 def losses(model, sat, r, cond):
-    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token, and if it is the likeliest, both (B, L)."""
+    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token, whether it is the likeliest; both (B, L)."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
     with aar.autocast(r.device, aar.fast_dtype(r.device)):
@@ -227,11 +228,11 @@ def train(args, sat, embedder, config, plan, device):
     data.augment = True                                              # half an hour of sound is soon learned by heart
     made_of = {"sounds": key, "sat": aar.fingerprint(sat), "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
     run = train_sat.Run(args, "aar", config, plan, {"aar": model} | optimizers, lr, **made_of)
-    n = int(min(plan.steps * plan.batch, plan.crops, 20 * sum(seconds for _, seconds in data.files)))
+    n = int(min(plan.steps * plan.batch, plan.crops, 20 * sum(seconds for *_, seconds in data.files)))
     print(f"{n} clips, next-{'token' if config.next_token else 'scale'}; guessing costs ln V = {np.log(config.V):.2f}")
-    cache, name = Path(args.out), repr((made_of, args.seed))
-    tokens, cond = tokenize(cache.with_suffix(".tokens.pt"), f"{name} {n}", sat, embedder, data, n)
-    held = tokenize(cache.with_suffix(".held.pt"), name, sat, embedder, held_back, len(held_back))
+    out, name = Path(args.out), repr((made_of, args.seed))
+    tokens, cond = tokenize(out.with_suffix(".tokens.pt"), f"{name} {n}", sat, embedder, data, n)
+    held = tokenize(out.with_suffix(".held.pt"), name, sat, embedder, held_back, len(held_back))
     heard = torch.stack([held_back[i] for i in range(min(4, len(held_back)))]).to(device)
     if device.type == "cuda" and plan.steps >= 1000:                 # memory traffic is the limit: fuse the kernels
         torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
@@ -242,17 +243,17 @@ def train(args, sat, embedder, config, plan, device):
         pick = torch.randint(n, (plan.batch,))
         run.add(one_step(tokens[pick].to(device), cond[pick].to(device)))
         if run.due:
-            with torch.compiler.set_stance("force_eager"):           # compiled are the shapes of training only
+            with torch.compiler.set_stance("force_eager"):           # only the shapes of training are compiled
                 model.eval()
                 run.write(**validate(model, sat, *held))
-                y = sat.decode(model.generate(held[1][:len(heard)].to(device), sat))
-                train_sat.save_in_turn(cache.with_suffix(".wav"), heard, y, sat.config.sample_rate)
+                y = sat.decode(model.generate(held[1][:len(heard)].to(device), sat, **SAMPLING))
+                train_sat.save_in_turn(out.with_suffix(".wav"), heard, y, sat.config.sample_rate)
                 model.train()
 
 
 def per_scale(x, scales):
     """Mean over the tokens of each scale: (B, L) -> list of K numbers."""
-    return [part.float().mean().item() for part in x.split(list(scales), -1)]
+    return [part.float().mean().item() for part in x.split(scales, -1)]
 
 
 @torch.no_grad()
@@ -287,21 +288,11 @@ def ranks(y, references):
 
 
 @torch.no_grad()
-def free_running(model, sat, f, cond):
-    """Whether each of the model's own likeliest codes is the nearest to what is left of latents f (B, D, T): (B, L)."""
-    f_hat, right = torch.zeros_like(f), []
-    for k, r_k in enumerate(model.generate(cond, sat, cfg=0, top_k=1)):
-        right.append(sat.quantizer.codebooks[k].nearest(aar.down(f - f_hat, sat.config.scales[k]).mT) == r_k)
-        f_hat = sat.quantizer.add(f_hat, k, r_k)
-    return torch.cat(right, 1)
-
-
-@torch.no_grad()
 def evaluate(args, device):
     """Print how near generated sounds come to held-back clips and to their own reference, and what each scale costs."""
     sat = aar.load_sat(args.sat, device)
     model = aar.load_aar(args.eval, sat, device)
-    kind, scales = model.embedder["kind"], sat.config.scales
+    kind = model.embedder["kind"]
     embedder = build_embedder(kind, sat.config.sample_rate, args.clap, model.embedder.get("fingerprint")).to(device)
     data, held_back, _ = train_sat.sounds(args.data, sat.config, args.seed)
     n = len(held_back)
@@ -322,17 +313,15 @@ def evaluate(args, device):
     row("training clips", trained, cond)
     row("white noise", wav.std(-1, keepdim=True) * torch.randn_like(wav), cond)
     row("reconstructions", batched(lambda x: sat.decode(sat.encode(x)), wav), cond)
-    for setting in itertools.product(args.cfg, args.top_k, args.top_p):
-        for name, references in (("", cond), (", of training clips", trained_cond)):
-            generator = torch.Generator(device).manual_seed(args.seed)
-            y = batched(lambda c: sat.decode(model.generate(c, sat, *setting, generator)), references)
-            row("cfg {:g}, top-k {}, top-p {:g}".format(*setting) + name, y, references)
-    right = per_scale(batched(lambda x, c: free_running(model, sat, sat.latents(x), c), wav, cond), scales)
+    for cfg, (name, ramp, references) in itertools.product(args.cfg, (
+            ("", False, cond), (", growing from 0", True, cond), (", of training clips", False, trained_cond))):
+        how = SAMPLING | {"cfg": cfg, "ramp": ramp, "generator": torch.Generator(device).manual_seed(args.seed)}
+        row(f"cfg {cfg:g}{name}", batched(lambda c: sat.decode(model.generate(c, sat, **how)), references), references)
     scores = validate(model, sat, batched(lambda x: torch.cat(sat.encode(x), 1), wav), cond)
-    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n")
-    print("| scale | loss | accuracy | free-running |\n" + "| ---: " * 4 + "|")
-    for s, loss, forced, free in zip(scales, scores["per_scale"], scores["accuracy"], right):
-        print(f"| {s} | {loss:.2f} | {forced:.1%} | {free:.1%} |")
+    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n\n| scale | loss | accuracy |")
+    print("| ---: " * 3 + "|")
+    for s, loss, right in zip(sat.config.scales, scores["per_scale"], scores["accuracy"]):
+        print(f"| {s} | {loss:.2f} | {right:.1%} |")
 
 
 if __name__ == "__main__":

@@ -62,14 +62,17 @@ def main(argv=None):
     device, preset = begin(args)
     if args.eval:
         return compare(args, device)
-    config = aar.load_sat(args.init).config if args.init else changed(preset.sat, args)
-    if args.rvq and not args.init:
+    config = aar.load_sat(args.init).config if args.init else preset.sat
+    if args.init and changed(config, args) != config or args.init and args.rvq:
+        raise UserError(f"{args.init} has its own sizes: leave out --seconds, --schedule, --rvq and --phis")
+    config = changed(config, args)
+    if args.rvq:
         config = replace(config, schedule="flat", n_scales=args.rvq, phis=0)
     train(args, config, changed(preset.train_sat, args), device)
 
 
 def begin(args):
-    """The device and the preset of a command line. Raises UserError for numbers and devices that cannot be."""
+    """The device and the preset of a command line. Raises UserError for numbers out of range and missing devices."""
     for name, (low, high) in BOUNDS.items():
         value = vars(args).get(name)
         if value is not None and not (low <= np.min(value) and np.max(value) <= high):
@@ -109,39 +112,34 @@ def run(main):
 # --- Sounds: a folder, or toys -----------------------------------------------------------------------------------
 
 def find_sounds(folder):
-    """Sound files below a folder, links followed -> [(path, seconds)] in the order of `hash_of`."""
+    """Sound files below a folder, links followed -> [(hash of the path in it, path, seconds)], sorted."""
     good, bad, others, seen = [], 0, 0, set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:                 # a link to a folder that was visited
             folders[:], names = [], []
         seen.add(real)
         for path in (Path(root, name) for name in names):
-            known = path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() not in SUFFIXES:
+                others += 1
+                continue
             try:
-                seconds = soundfile.info(path).duration if known and path.is_file() else 0
+                seconds = soundfile.info(path).duration if path.is_file() else 0
             except (OSError, RuntimeError, ValueError):
                 seconds = 0
             if seconds:
-                good.append((path, seconds))
-            elif known:
+                good.append((zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())), path, seconds))
+            else:
                 bad += 1
                 print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
-            else:
-                others += 1
     found = f"{folder}: {len(good)} readable sounds, {bad} unreadable, {others} files of other kinds"
     if bad >= len(good):
         raise UserError(f"{found}; give a folder of {' '.join(SUFFIXES)}")
     print(found)
-    return sorted(good, key=lambda file: hash_of(file[0], folder))
-
-
-def hash_of(path, folder):
-    """32 bits from the path of a file in its folder."""
-    return zlib.crc32(os.fsencode(path.relative_to(folder).as_posix()))
+    return sorted(good)
 
 
 class Windows:
-    """Windows (1, samples) of sound files [(path, seconds)], not silent ones; each epoch visits each file once.
+    """Windows (1, samples) of what `find_sounds` found, silent ones avoided; each epoch visits each file once.
 
     With `augment` each is shifted by up to 2 semitones (and as much faster or slower) and scaled by up to 6 dB.
     """
@@ -161,7 +159,7 @@ class Windows:
         if self.augment:
             rate, gain = rate * 2 ** (rng.uniform(-2, 2) / 12), 10 ** (rng.uniform(-6, 6) / 20)
         seconds = samples / rate
-        for path, length in (self.files[self.order[j % n]] for j in range(i, i + n)):
+        for _, path, length in (self.files[self.order[j % n]] for j in range(i, i + n)):
             wavs = []
             try:
                 while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # an offset is silent
@@ -191,7 +189,7 @@ def toy_sound(kind, rng, rate, samples):
          "bird": lambda: tone(u(2500, 4500) * (1 + u(0.2, 0.5) * sweep)) * np.sin(np.pi * sweep / 0.6).clip(0),
          "wind": lambda: np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * tone(u(0.5, 2))),
          "buzz": lambda: tone(u(70, 160), range(1, 25)),
-         "clicks": lambda: tone(u(1500, 3000)) * np.exp(-u(60, 120) * (t % u(0.08, 0.16)))}[kind]()
+         "clicks": lambda: tone(u(1500, 3000)) * np.exp(-u(20, 40) * (t % u(0.12, 0.25)))}[kind]()
     x = x / np.abs(x).max() * 10 ** (u(-12, -2) / 20)
     return torch.from_numpy((x + 10 ** (-45 / 20) * rng.standard_normal(samples)).astype(np.float32))[None]
 
@@ -200,7 +198,7 @@ class Toys(Windows):
     """Endless built-in sounds: item i is (1, samples) of kind TOYS[i % 10], the same for the same seed."""
 
     def __init__(self, config, seed=0, held_back=False):
-        super().__init__([(kind, 60.0) for kind in TOYS * 10], config, seed, held_back)
+        super().__init__([(0, kind, 60.0) for kind in TOYS * 10], config, seed, held_back)    # as 100 files of 60 s
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, self.held_back, i))
@@ -208,16 +206,15 @@ class Toys(Windows):
 
 
 def sounds(folder, config, seed=0):
-    """(Training set, held-back set: 5% of the files by `hash_of`, 1 to 256, a key that changes when the sounds do)."""
+    """(Training set, held-back set: 5% of the files by hash, 1 to 256, a key that changes when the sounds do)."""
     if folder is None:
         return Toys(config, seed), Toys(config, seed, held_back=True), "toys"
     files = find_sounds(folder)
-    hashes = [hash_of(path, folder) for path, _ in files]
-    starts = [zlib.crc32(np.fromfile(path, np.uint8, 65536), path.stat().st_size) for path, _ in files]
-    n = max(1, min(sum(h < 2 ** 32 // 20 for h in hashes), len(files) - 1))
+    n = max(1, min(sum(h < 2 ** 32 // 20 for h, _, _ in files), len(files) - 1))
     if len(files) == 1:
         print("a single sound: it is trained on and held back as well")
-    key = f"{zlib.crc32(repr((hashes, starts)).encode()):08x}"
+    seen = [(h, zlib.crc32(np.fromfile(path, np.uint8, 65536), path.stat().st_size)) for h, path, _ in files]
+    key = f"{zlib.crc32(repr(seen).encode()):08x}"
     return Windows(files[n:] or files, config, seed), Windows(files[:n][:256], config, seed, held_back=True), key
 
 
@@ -239,15 +236,19 @@ def learning_rate(step, plan):
 
 def orthogonal(G, rounds=5):
     """Newton-Schulz: a matrix G = U S V^T -> about U V^T (all singular values 0.7 to 1.2)."""
-    X = G / G.norm().clamp(min=1e-7)
+    tall = len(G) > G.shape[1]
+    X = (G.mT if tall else G) / G.norm().clamp(min=1e-7)
     for _ in range(rounds):
-        A = X @ X.mT
+        A = X @ X.mT                                                 # as small as it can be: X is wide
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X
+    return X.mT if tall else X
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): all directions of a weight matrix (rows, the rest) learn equally fast, as by AdamW."""
+    """Muon (Jordan et al. 2024): orthogonal steps, so that all directions of a weight matrix learn equally fast.
+
+    A weight is a matrix (first dimension, the rest). The factor makes a step as long as one of AdamW.
+    """
 
     def __init__(self, weights, lr, momentum=0.95):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
@@ -274,7 +275,8 @@ def build(config, device, init=None):
     discriminators = Discriminators(config.disc_width).to(device, memory_format=torch.channels_last)   # twice as fast
     lr = torch.zeros((), device=device)
     learned = [p for p in sat.parameters() if p.requires_grad]
-    kernels = [p for p in learned if p.ndim == 3 and p.numel() > len(p)]      # for the large LSTMs Muon would be slow
+    # Muon: not weight norm's gains, (c, 1, 1), and not the LSTMs, whose large matrices would be slow.
+    kernels = [p for p in learned if p.ndim == 3 and p.numel() > len(p)]
     rest = [p for p in learned if p.ndim < 3 or p.numel() == len(p)]
     return sat, discriminators, {"muon": Muon(kernels, lr), "adamw": adamw(rest, lr, (0.8, 0.99)),
                                  "d_adamw": adamw(discriminators.parameters(), lr, (0.8, 0.99))}, lr
@@ -282,14 +284,14 @@ def build(config, device, init=None):
 
 def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial, x):
     """One step on sounds x (B, 1, N); returns the losses, {name: tensor}. Reads nothing from the device."""
-    half = aar.autocast(x.device, torch.bfloat16 if x.is_cuda else torch.float32)    # a CPU's convolutions can be wrong
+    fast = aar.autocast(x.device, aar.fast_dtype(x.device, convolutions=True))
     sat.zero_grad()
     discriminators.zero_grad()
-    with half:
+    with fast:
         y, _, vq = sat(x) if quantize else (sat.decoder(sat.latents(x)).float(), None, x.new_zeros(()))
     losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
     if adversarial:
-        with half:                                                   # one pass over real and fake serves both players
+        with fast:                                                   # one pass over real and fake serves both players
             real, fake = discriminators(x), discriminators(y)
         losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake),
                    "discriminator": aar.discriminator_loss(real, fake)}
@@ -321,7 +323,7 @@ class Run:
                     group.update(lr=lr, capturable=lr.is_cuda)
             self.start, self.history = state["step"], state["history"]
         elif os.path.lexists(args.out) or not Path(args.out).resolve().parent.is_dir():
-            why = "exists: --resume goes on with it" if os.path.lexists(args.out) else "is in no folder: make it"
+            why = "exists: --resume goes on with it" if os.path.lexists(args.out) else "is in no folder that exists"
             raise UserError(f"{args.out} {why}, or give another --out")
         print(f"{sum(p.numel() for p in parts[kind].parameters()) / 1e6:.2f} M parameters, scales {config.scales}")
         for number in signal.valid_signals() & {1, 2, 15}:           # HUP (not in Windows), INT, TERM
@@ -332,7 +334,10 @@ class Run:
         signal.signal(number, signal.SIG_DFL)                        # a second one stops at once
 
     def steps(self):
-        """The steps that are left. What a step draws depends on the seed and its number only, so --resume is exact."""
+        """The steps that are left; the loop calls `add` in each, and `write` in those that are `due`.
+
+        What a step draws depends on the seed and its number only, so --resume is exact.
+        """
         self.saved = time.time()
         self.bar = tqdm(range(self.start, self.plan.steps), initial=self.start, total=self.plan.steps, unit="step")
         for self.step in self.bar:
@@ -340,7 +345,7 @@ class Run:
             self.lr.fill_(learning_rate(self.step, self.plan))
             self.since = time.time()                                 # what validation and files take does not count
             yield self.step
-            if self.due or not self.pending and time.time() > self.saved + 600:      # no step is saved unchecked
+            if self.due or not self.pending and time.time() > self.saved + 600:      # all are checked
                 self.saved = time.time()
                 parts = {name: part.state_dict() for name, part in self.parts.items()}
                 aar.save(self.args.out, {"kind": self.kind, "config": asdict(self.config), "run": self.settings,
@@ -379,7 +384,7 @@ def draw_curves(path, history):
     from matplotlib.figure import Figure                             # without pyplot: needs no display
     names = [name for name in history[-1] if name != "step"]
     figure = Figure(figsize=(6, 2 * len(names)), layout="constrained")
-    for ax, name in zip(figure.subplots(len(names), sharex=True), names):
+    for ax, name in zip(figure.subplots(len(names)), names):
         rows = [row for row in history if name in row]
         ax.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
         ax.set(ylabel=name, xlabel="step")
@@ -408,8 +413,8 @@ def train(args, config, plan, device):
             with torch.no_grad():
                 first = [sat.latents(x.to(device)) for x in batches(data, plan.batch, range(config.V))]
                 sat.quantizer.quantize(torch.cat(first), kmeans=True)
-        if phase != (step >= quantize_at, step >= adversarial_at):   # one CUDA graph for each phase
-            phase = step >= quantize_at, step >= adversarial_at
+        if (now := (step >= quantize_at, step >= adversarial_at)) != phase:          # one CUDA graph for each phase
+            phase = now
             one_step = aar.graphed(lambda x: train_step(sat, discriminators, optimizers, mel_loss, *phase, x))
         run.add(one_step(next(loader).to(device, non_blocking=True)))
         if run.due:
@@ -426,32 +431,27 @@ def evaluate(sat, held_back):
     for x in torch.utils.data.DataLoader(held_back, batch_size=16):
         tokens.append(sat.encode(x.to(device)))
         rows.append(distances(mel, x.to(device), sat.decode(tokens[-1])))
-    scores = dict(zip(("log_mel_dB", "stft", "si_sdr_dB"), torch.cat(rows).mean(0).tolist()))
+    scores = dict(zip(("log_mel_dB", "si_sdr_dB"), torch.cat(rows).mean(0).tolist()))
     return scores | {"used": [len(torch.cat(r_k).unique()) for r_k in zip(*tokens)]}
 
 
 def distances(mel, x, y):
-    """Sounds x, y (B, 1, N) -> (B, 3): log-mel (dB), spectral convergence |X - Y| / |X|, SI-SDR (dB) of each clip."""
+    """Sounds x, y (B, 1, N) -> (B, 2): log-mel distance (dB), SI-SDR (dB) of each clip."""
     log_mel = (mel.dB(x) - mel.dB(y)).abs().mean((1, 2))
-    x, y, stft = x.squeeze(1), y.squeeze(1), 0
-    for n in (512, 1024, 2048):
-        hann = torch.hann_window(n, device=x.device)
-        X, Y = (torch.stft(z, n, n // 4, window=hann, return_complex=True).abs() for z in (x, y))
-        stft = stft + (X - Y).norm(dim=(1, 2)) / X.norm(dim=(1, 2)).clamp(min=1e-5) / 3
-    target = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp(min=1e-8) * x
-    si_sdr = 10 * ((target.square().sum(1) + 1e-8) / ((y - target).square().sum(1) + 1e-8)).log10()
-    return torch.stack([log_mel, stft, si_sdr], 1)
+    target = (x * y).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True).clamp(min=1e-8) * x
+    si_sdr = 10 * ((target.square().sum(-1) + 1e-8) / ((y - target).square().sum(-1) + 1e-8)).log10()
+    return torch.stack([log_mel, si_sdr.squeeze(1)], 1)
 
 
 def compare(args, device):
     """Print a table with a row for each of args.eval."""
-    rows = ["| tokenizer | tokens/s | bit/s | log-mel dB | STFT | SI-SDR dB | used codes |", "| --- |" + " ---: |" * 6]
+    rows = ["| tokenizer | tokens/s | bit/s | log-mel dB | SI-SDR dB | used codes |", "| --- |" + " ---: |" * 5]
     for path in args.eval:
         sat = aar.load_sat(path, device)
         config, seen = sat.config, evaluate(sat, sounds(args.data, sat.config, args.seed)[1])
         rate = sum(config.scales) / config.seconds
         rows.append(f"| {path} | {rate:.0f} | {rate * np.log2(config.V):.0f} | {seen['log_mel_dB']:.2f} | "
-                    f"{seen['stft']:.2f} | {seen['si_sdr_dB']:.2f} | {np.mean(seen['used']) / config.V:.0%} |")
+                    f"{seen['si_sdr_dB']:.2f} | {np.mean(seen['used']) / config.V:.0%} |")
     print("\n".join(rows))
 
 
