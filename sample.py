@@ -43,7 +43,7 @@ def arguments(argv=None):
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, for a generator with CLAP and for --fad")
     p.add_argument("-n", type=int, default=4, help="how many sounds (default: 4)")
     p.add_argument("--scales", type=int, metavar="K", help="decode only the first K scales (default: all)")
-    p.add_argument("--cfg", type=float, help="guidance; 0: none (default: 3; the authors': from 0 to 4)")
+    p.add_argument("--cfg", type=float, help="guidance; 0: none (default: 2; the authors': from 0 to 4)")
     p.add_argument("--top-k", type=int, help="draw from the K likeliest codes; 0: all (default: 0; the authors': 200)")
     p.add_argument("--top-p", type=float, help="and that hold this probability (default: 0.5; the authors': 0.95)")
     p.add_argument("--seed", type=int, default=0, help="of the sounds (default: 0)")
@@ -76,7 +76,7 @@ def main(argv=None):
     kind, theirs = model.embedder["kind"], "published" in model.embedder
     how = {"cfg": 4.0, "top_k": 200, "top_p": 0.95, "ramp": True} if theirs else train_aar.SAMPLING
     how = how | {name: value for name, value in vars(args).items() if name in how and value is not None}
-    what = (f"{'The authors’ weights. ' if theirs else ''}Guidance {how['cfg']:g}{', from 0 on' if theirs else ''}, "
+    what = (f"{'The authors’ weights. ' if theirs else ''}Guidance {'0 to ' if theirs else ''}{how['cfg']:g}, "
             f"top-k {how['top_k']}, top-p {how['top_p']:g}, seed {args.seed}, condition {kind}. "
             "Similarity: cosine of the conditions.")
     print(what)
@@ -92,6 +92,12 @@ def main(argv=None):
             page.add(f"sound-{i}", y, rate, write=True)
         return page.write("Sounds without a condition", what)
     embedder = train_aar.build_embedder(kind, rate, args.clap, model.embedder.get("fingerprint")).to(device)
+
+    def most_similar(cond, n):                                       # n sounds; with our weights of 4 n, the best first
+        y = generate(cond.expand(n if theirs else 4 * n, -1))
+        similarity = torch.cat([embedder(sound[None].to(device)) @ cond for sound in y])
+        return [(y[i], similarity[i].item()) for i in similarity.argsort(descending=True)[:n]]
+
     if args.text and kind != "clap":
         raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words")
     if args.text:
@@ -102,12 +108,11 @@ def main(argv=None):
         page.add("reconstruction: what the tokenizer allows", reconstruct(sat, wav.to(device), args.scales), rate)
         prompts = [(name, embedder(wav[None].to(device))[0])]
     else:
-        return toys(args, sat, embedder, generate, page, what)
+        return toys(args, sat, embedder, most_similar, page, what)
     for words, cond in prompts:
         name = re.sub(r"\W+", "-", words).strip("-")[:60] or "text"
-        for i, y in enumerate(generate(cond.expand(args.n, -1)), start=1):
-            note = f"similarity {(embedder(y[None].to(device)) @ cond).item():.2f}"
-            page.add(f"{name}.variation-{i}", y, rate, write=True, note=note)
+        for i, (y, similarity) in enumerate(most_similar(cond, args.n), start=1):
+            page.add(f"{name}.variation-{i}", y, rate, write=True, note=f"similarity {similarity:.2f}")
     page.write(", ".join(words for words, _ in prompts), what)
 
 
@@ -132,7 +137,7 @@ def reconstruct(sat, wav, n):
     return (made / total)[:, :N]
 
 
-def toys(args, sat, embedder, generate, page, what):
+def toys(args, sat, embedder, most_similar, page, what):
     """Generate a sound from a fresh reference of each toy kind and ask which kind it is nearest to."""
     from librosa.feature import mfcc
     rate, kinds, right = sat.config.sample_rate, train_sat.TOYS, 0
@@ -143,7 +148,8 @@ def toys(args, sat, embedder, generate, page, what):
     fresh = train_sat.Toys(sat.config, seed=1000 + args.seed)
     references = torch.stack([fresh[i] for i in range(10)])
     known = np.stack([statistics(fresh[i]) for i in range(10, 210)])
-    for kind, x, y in zip(kinds, references, generate(embedder(references.to(next(sat.parameters()).device)))):
+    for kind, x, cond in zip(kinds, references, embedder(references.to(next(sat.parameters()).device))):
+        (y, _), = most_similar(cond, 1)
         distance = np.linalg.norm((known - statistics(y)) / known.std(0), axis=1)
         nearest = kinds[distance.argmin() % 10]
         right += nearest == kind

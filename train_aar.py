@@ -23,7 +23,7 @@ from aar import AAR, UserError
 
 
 # How to draw from a generator of ours. Guidance at all scales follows the reference better than the paper's ramp.
-SAMPLING = {"cfg": 3.0, "top_k": 0, "top_p": 0.5, "ramp": False}
+SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}
 
 
 def arguments(argv=None):

@@ -189,7 +189,7 @@ def toy_sound(kind, rng, rate, samples):
          "bird": lambda: tone(u(2500, 4500) * (1 + u(0.2, 0.5) * sweep)) * np.sin(np.pi * sweep / 0.6).clip(0),
          "wind": lambda: np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * tone(u(0.5, 2))),
          "buzz": lambda: tone(u(70, 160), range(1, 25)),
-         "clicks": lambda: tone(u(1500, 3000)) * np.exp(-u(20, 40) * (t % u(0.12, 0.25)))}[kind]()
+         "clicks": lambda: tone(u(1200, 2400)) * np.exp(-u(15, 30) * (t % u(0.08, 0.16)))}[kind]()
     x = x / np.abs(x).max() * 10 ** (u(-12, -2) / 20)
     return torch.from_numpy((x + 10 ** (-45 / 20) * rng.standard_normal(samples)).astype(np.float32))[None]
 
@@ -237,11 +237,11 @@ def learning_rate(step, plan):
 def orthogonal(G, rounds=5):
     """Newton-Schulz: a matrix G = U S V^T -> about U V^T (all singular values 0.7 to 1.2)."""
     tall = len(G) > G.shape[1]
-    X = (G.mT if tall else G) / G.norm().clamp(min=1e-7)
+    X = ((G.mT if tall else G) / G.norm().clamp(min=1e-7)).to(aar.fast_dtype(G.device))
     for _ in range(rounds):
-        A = X @ X.mT                                                 # as small as it can be: X is wide
+        A = X @ X.mT                                                 # X is wide, so A is the smaller square
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.mT if tall else X
+    return (X.mT if tall else X).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
