@@ -72,7 +72,7 @@ class MelEmbedder(nn.Module):
     def forward(self, wav):
         x = self.mel.dB(wav) / 80 + 1                                # (B, 64, frames)
         c = self.over_mels @ (x - x.mean((1, 2), keepdim=True))      # (B, 32, frames)
-        course = F.interpolate(c, size=64, mode="linear") @ self.over_time               # (B, 32, 14): when it is what
+        course = F.interpolate(c, size=64, mode="linear") @ self.over_time     # (B, 32, 14): how each changes
         spread = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
         return F.normalize(torch.cat([course, spread], 2).flatten(1), dim=-1)
 
