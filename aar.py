@@ -122,7 +122,7 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
 @functools.cache
 @torch.inference_mode(False)            # it is kept: a later backward needs an ordinary tensor
 def resampling(n, m, mode, device):
-    """The matrix (n, m) of a linear resampling from n to m frames: row i is the resampled unit vector e_i."""
+    """The matrix (n, m) that resamples n frames to m in `mode`: row i is what the unit vector e_i becomes."""
     return F.interpolate(torch.eye(n, device="cpu")[None], size=m, mode=mode)[0].to(device)
 
 
@@ -217,7 +217,7 @@ class MSRQ(nn.Module):
 
     def forward(self, f):
         """Latents f (B, D, T) -> quantized latents (B, D, T), tokens, loss; in training the codebooks learn."""
-        with autocast(f.device, torch.float32):                      # nearest codes need all digits
+        with autocast(f.device, torch.float32):                      # no bfloat16 where codes are chosen
             f = f.float()
             tokens, f_hats, residuals = self.quantize(f)
             # Same value, different gradients: the commitment loss trains the encoder, the second one the phis.
@@ -240,7 +240,7 @@ class MSRQ(nn.Module):
 # --- Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left) --------------------------------------------------
 def conv(c_in, c_out, kernel, stride=1, transposed=False, gain=1.0):
     """Weight-normalized convolution (B, c_in, N) -> (B, c_out, N / stride), or N * stride if transposed."""
-    padding = (kernel - stride + 1) // 2                             # on both sides; what is too much is never reached
+    padding = (kernel - stride + 1) // 2                             # on both sides; an extra sample is never read
     if transposed:
         module = nn.ConvTranspose1d(c_in, c_out, kernel, stride, padding, output_padding=(kernel - stride) % 2)
     else:
@@ -283,7 +283,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width
-        layers = [conv(1, c, 7, gain=8)]                             # RMS 1/8 -> 1: around 0 ELU is nearly linear
+        layers = [conv(1, c, 7, gain=8)]                             # RMS 1/8 -> 1: nearer to 0, ELU is almost linear
         for r in config.strides:
             layers += [Residual(c), nn.ELU(), conv(c, 2 * c, 2 * r, stride=r)]
             c *= 2
@@ -312,17 +312,17 @@ class SAT(nn.Module):
         self.config = config
         self.encoder, self.quantizer, self.decoder = Encoder(config), MSRQ(config), Decoder(config)
         for name, p in self.named_parameters():
-            if "bias" in name:                                       # all are 0 and not learned: that gains 0.4 dB
-                nn.init.zeros_(p).requires_grad_(False)              # of log-mel; the authors' weights bring theirs
+            if "bias" in name:                                       # kept at 0: the log-mel error falls by 0.4 dB;
+                nn.init.zeros_(p).requires_grad_(False)              # the authors' weights bring their own
 
     def latents(self, wav):
-        """Waveform (B, 1, N) -> latents (B, D, T); silence fills the last frame, and 4 frames, to reflect 3 of them."""
+        """Waveform (B, 1, N) -> latents (B, D, T); zeros fill up the last frame; T >= 4, as the padding reflects 3."""
         N, hop = wav.shape[-1], self.config.hop
         return self.encoder(F.pad(wav, (0, max(-N % hop, 4 * hop - N))))
 
     @torch.no_grad()
     def encode(self, wav):
-        """Waveform (B, 1, N) -> list of K tensors of tokens (B, s_k), int64 (Alg. 1)."""
+        """One window (B, 1, N), N = config.samples -> list of K tensors of tokens (B, s_k), int64 (Alg. 1)."""
         return self.quantizer.quantize(self.latents(wav).float())[0]
 
     @torch.no_grad()
@@ -405,7 +405,7 @@ def adversarial_loss(fake):
 
 
 def feature_loss(real, fake):
-    """Feature matching: mean of |real - fake| / |real| over all layers but the logits; only fake gets gradients."""
+    """Mean |real - fake| / mean |real|, averaged over all layers but the logits; only fake gets gradients."""
     pairs = [(r.detach().float(), f.float()) for rs, fs in zip(real, fake) for r, f in zip(rs[:-1], fs[:-1])]
     return sum((r - f).abs().mean() / r.abs().mean().clamp(min=1e-5) for r, f in pairs) / len(pairs)
 
@@ -446,7 +446,7 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of x - y, averaged over every 4 samples, relative to the energy of x; (B, 1, N). Not in the paper.
+    """Energy of x - y after averaging every 4 samples, relative to the energy of x; (B, 1, N). Not in the paper.
 
     Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Means of 4 keep what is below 3 kHz:
     above, where phases cannot be guessed, such a loss only makes noise too quiet. The added 1e-5 is -50 dB.
@@ -464,7 +464,7 @@ class Attention(nn.Module):
         self.H = H
         self.qkv, self.proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))       # keys have none
-        self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # of the cosines: 4, at most 100
+        self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # cosines times 4 at first, at most 100
 
     def forward(self, x, mask=None, cache=None, at=0):
         """x (B, n, C) at positions at .. at + n - 1 -> (B, n, C). `cache` (2, B, H, L, C/H): keys and values so far."""
@@ -527,7 +527,7 @@ class AAR(nn.Module):
         C, H, L, K = 64 * config.depth, config.depth, sum(config.scales), len(config.scales)
         self.blocks_of = [[1] * s if config.next_token else [s] for s in config.scales]     # the blocks of each scale
         blocks = sum(self.blocks_of, [])
-        self.first = blocks[0]                                       # the start token predicts them; 1 unless flat
+        self.first = blocks[0]                                       # tokens that read the start token; 1 unless flat
         self.null = nn.Parameter(torch.randn(config.cond_dim) / config.cond_dim ** 0.5)     # "no condition", learned
         self.cond = nn.Sequential(nn.Linear(config.cond_dim, C, False), nn.GELU("tanh"), nn.Linear(C, C, False))
         self.input = nn.Linear(config.latent, C)
@@ -613,7 +613,7 @@ class AAR(nn.Module):
 
 
 def draw(logits, top_k=0, top_p=1.0, generator=None):
-    """Logits (B, n, V) -> tokens (B, n) from the top_k likeliest codes (0: all) that hold top_p of the probability."""
+    """Logits (B, n, V) -> tokens (B, n), from the fewest of the top_k codes (0: all) that hold top_p of their mass."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
@@ -642,7 +642,7 @@ def fast_dtype(device, convolutions=False):
 
 
 def graphed(step, generator=None):
-    """`step`, a function of tensors, as one CUDA graph: one launch replays thousands of kernels.
+    """`step`, from tensors to detached tensors, as one CUDA graph: one launch replays thousands of kernels.
 
     The first three calls run as they are, the fourth is captured; later ones replay and overwrite the last result.
     Without CUDA, for tensors of other shapes, or if the capture fails, it is `step` itself.
