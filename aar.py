@@ -577,8 +577,8 @@ class AAR(nn.Module):
         return self.logits(x, mods, self.mask)
 
     @torch.no_grad()
-    def generate(self, cond, sat, cfg=4.0, top_k=0, top_p=0.8, generator=None, ramp=True):
-        """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k).
+    def generate(self, cond, sat, cfg=4.0, top_k=200, top_p=0.95, generator=None, ramp=True):
+        """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k). Defaults: the authors'.
 
         Guidance: the logits are (1 + t_k) conditional - t_k unconditional. t_k grows from 0 to cfg (Fig. 4) or,
         without `ramp`, is cfg at every scale. top_k, top_p: see `draw`. generator: on the model's device.

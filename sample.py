@@ -195,7 +195,10 @@ def bench(preset, device):
         sat, next_token = aar.SAT(config).to(device), config.schedule == "flat"
         model = aar.AAR(replace(preset.aar, scales=config.scales, next_token=next_token)).eval()
         model.to(device, aar.fast_dtype(device))
-        return measure(f"next-{what} generation", lambda cond: sat.decode(model.generate(cond, sat)), cond[:batch],
+
+        def generate(cond):
+            return sat.decode(model.generate(cond, sat, **train_aar.SAMPLING))
+        return measure(f"next-{what} generation", generate, cond[:batch],
                        calls=sum(config.scales) if next_token else config.n_scales)
 
     sat, discriminators, optimizers, _ = train_sat.build(config, device)
