@@ -709,7 +709,7 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
 
 
 def save_audio(path, wav, sample_rate):
-    """Write (1, N) as a 16-bit wave file."""
+    """Write (1, N) with 16 bits per sample; the ending of the name decides the format."""
     import soundfile
     soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
 

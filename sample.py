@@ -95,7 +95,7 @@ def main(argv=None):
 
     def most_similar(cond, n):                                       # n sounds; with our weights of 4 n, the best first
         y = generate(cond.expand(n if theirs else 4 * n, -1))
-        similarity = torch.cat([embedder(sound[None].to(device)) @ cond for sound in y])
+        similarity = torch.cat([embedder(part.to(device)) for part in y.split(16)]) @ cond
         return [(y[i], similarity[i].item()) for i in similarity.argsort(descending=True)[:n]]
 
     if args.text and kind != "clap":

@@ -63,7 +63,7 @@ def main(argv=None):
     if args.eval:
         return compare(args, device)
     config = aar.load_sat(args.init).config if args.init else preset.sat
-    if args.init and changed(config, args) != config or args.init and args.rvq:
+    if args.init and (args.rvq or changed(config, args) != config):
         raise UserError(f"{args.init} has its own sizes: leave out --seconds, --schedule, --rvq and --phis")
     config = changed(config, args)
     if args.rvq:
