@@ -8,8 +8,7 @@
    of scale 1 is the start token; that of scale k is made of the tokens of the scales BEFORE it.
 4. The condition is an embedding of a reference sound (CLAP). It is the start token and it drives the AdaLN of every
    layer. It is dropped for 10% of the clips, so that classifier-free guidance (CFG) works.
-5. Two stages: train_sat.py trains SAT (reconstruction, then discriminators); train_aar.py freezes it and trains AAR
-   (cross-entropy).
+5. Two stages: train_sat.py trains SAT (reconstruction, then discriminators); train_aar.py trains AAR on its tokens.
 
 One step serves encoding, decoding, teacher forcing and generation:
 
@@ -23,7 +22,6 @@ Shapes, everywhere:  B batch   N samples   T latent frames   K scales   s_k toke
                      D latent channels     V codes per codebook         C transformer width     H heads
 In code k counts from 0. README.md lists what differs from the authors' published code.
 """
-import contextlib
 import functools
 import hashlib
 import math
@@ -34,6 +32,8 @@ from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
+import soundfile
+import soxr
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -105,18 +105,16 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
     """The number of tokens s_1 .. s_n of each scale; it ends in `frames` and never decreases (Fig. 5).
 
     The square root of s_k grows evenly (quadratic), or s_k itself (linear), or its logarithm (log); flat is `frames` at
-    every scale: residual VQ. Raises ValueError for another kind, or if there are more scales than frames.
+    every scale: residual VQ. Raises KeyError for another kind, ValueError if there are more scales than frames.
     """
     if n < 1 or frames < 1 or (n > frames and kind != "flat"):
         raise ValueError(f"{n} scales do not fit {frames} latent frames: ask for 1 to {frames} scales")
     u = np.linspace(0, 1, n) if n > 1 else np.ones(1)
-    schedules = {"quadratic": (1 + u * (math.sqrt(frames) - 1)) ** 2,
-                 "linear": 1 + u * (frames - 1),
-                 "log": frames ** u,
-                 "flat": np.full(n, frames)}
-    if kind not in schedules:
-        raise ValueError(f"unknown schedule {kind!r}: choose one of {', '.join(schedules)}")
-    return tuple(int(s) for s in np.floor(schedules[kind] + 1e-6))     # 74.9999999 means 75
+    s = {"quadratic": (1 + u * (math.sqrt(frames) - 1)) ** 2,
+         "linear": 1 + u * (frames - 1),
+         "log": frames ** u,
+         "flat": np.full(n, frames)}[kind]
+    return tuple(int(s_k) for s_k in np.floor(s + 1e-6))               # 74.9999999 means 75
 
 
 @functools.cache
@@ -446,10 +444,10 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of x - y after averaging every 4 samples, relative to the energy of x; (B, 1, N). Not in the paper.
+    """Energy of x - y below 3 kHz, by means of 4 samples, relative to the energy of x; (B, 1, N). Not in the paper.
 
-    Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Means of 4 keep what is below 3 kHz:
-    above, where phases cannot be guessed, such a loss only makes noise too quiet. The added 1e-5 is -50 dB.
+    Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Above 3 kHz, where phases cannot be
+    guessed, such a loss only makes noise too quiet. The added 1e-5 is -50 dB.
     """
     error = F.avg_pool1d(x - y, 4)
     return (error.square().mean(-1) / (x.square().mean(-1) + 1e-5)).mean()
@@ -531,7 +529,7 @@ class AAR(nn.Module):
         self.null = nn.Parameter(torch.randn(config.cond_dim) / config.cond_dim ** 0.5)     # "no condition", learned
         self.cond = nn.Sequential(nn.Linear(config.cond_dim, C, False), nn.GELU("tanh"), nn.Linear(C, C, False))
         self.input = nn.Linear(config.latent, C)
-        self.level, self.position = nn.Parameter(torch.empty(K, C)), nn.Parameter(torch.empty(L, C))
+        self.level, self.position = nn.Parameter(0.3 * torch.randn(K, C)), nn.Parameter(0.3 * torch.randn(L, C))
         self.layers = nn.ModuleList(Layer(C, H) for _ in range(config.depth))
         self.head_adaln = nn.Sequential(nn.SiLU(), nn.Linear(C, 2 * C))
         self.head = nn.Linear(C, config.V)
@@ -539,19 +537,14 @@ class AAR(nn.Module):
         self.register_buffer("level_of", level_of, persistent=False)
         self.register_buffer("mask", block_mask(blocks), persistent=False)                              # (L, L)
 
-        for module in self.modules():
-            if isinstance(module, nn.Linear):                        # variance 1 / (2 fan_in)
-                nn.init.trunc_normal_(module.weight, std=(2 * module.in_features) ** -0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for p, std in ((self.cond[0].weight, 0.7), (self.level, 0.3), (self.position, 0.3)):
-            nn.init.trunc_normal_(p, std=std)                        # 0.7: the entries of a unit vector are small
+        nn.init.normal_(self.cond[0].weight, std=0.7)                # the entries of a unit vector are small
+        for linear in (self.head, self.head_adaln[1], *(layer.adaln[1] for layer in self.layers)):
+            nn.init.zeros_(linear.weight)                            # the first loss is ln V
+            nn.init.zeros_(linear.bias)
         for layer in self.layers:
             layer.attention.proj.weight.data /= math.sqrt(2 * config.depth)      # 2 d branches add to the stream
             layer.mlp[2].weight.data /= math.sqrt(2 * config.depth)
             layer.adaln[1].bias.data[:2 * C] = 1.0                   # every clip starts with gates 1, the rest 0
-        for linear in (self.head, self.head_adaln[1], *(layer.adaln[1] for layer in self.layers)):
-            nn.init.zeros_(linear.weight)                            # the first loss is ln V
 
     def condition(self, cond):
         """cond (B, cond_dim) -> start token (B, 1, C), modulations of layers (B, 6, 1, C) and head (B, 2, 1, C)."""
@@ -628,10 +621,8 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
 # === Here the method ends. Below: precision, CUDA graphs, sound files, checkpoints ==================================
 
 def autocast(device, dtype):
-    """torch.autocast to bfloat16, or switched off for float32. The meta device knows none."""
-    if device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    """torch.autocast to bfloat16, or switched off for float32. The meta device, which has none, counts as a CPU."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, torch.bfloat16, dtype == torch.bfloat16)
 
 
 def fast_dtype(device, convolutions=False):
@@ -645,28 +636,27 @@ def graphed(step, generator=None):
     """`step`, from tensors to detached tensors, as one CUDA graph: one launch replays thousands of kernels.
 
     The first three calls run as they are, the fourth is captured; later ones replay and overwrite the last result.
-    Without CUDA, for tensors of other shapes, or if the capture fails, it is `step` itself.
+    Without CUDA, for other shapes, or if the capture fails, it is `step` itself.
     """
-    static, graph, out, calls = [], None, None, 0
+    static, calls, graph, out = [], 0, None, None
 
     def call(*inputs):
-        nonlocal graph, out, calls
+        nonlocal calls, graph, out
         static[:] = static or [x.clone() for x in inputs]
-        if not inputs[0].is_cuda or graph is False or [x.shape for x in static] != [x.shape for x in inputs]:
+        if graph is False or not inputs[0].is_cuda or [x.shape for x in static] != [x.shape for x in inputs]:
             return step(*inputs)
         for a, b in zip(static, inputs):
             a.copy_(b)
         calls += 1
-        if calls <= 3:
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
+        if calls <= 3:                                               # captures want them on a stream of their own
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
                 out = step(*static)
-            main.wait_stream(side)
+            torch.cuda.synchronize()
             return out
-        if graph is None:
+        if calls == 4:
+            graph = torch.cuda.CUDAGraph()
             try:
-                graph = torch.cuda.CUDAGraph()
                 if generator is not None:
                     graph.register_generator_state(generator)
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # the loader's threads may go on
@@ -686,8 +676,6 @@ class UserError(ValueError):
 
 def load_audio(path, sample_rate, start=0.0, seconds=None):
     """Any sound file, or `seconds` of it from `start` -> (1, N) float32 mono at `sample_rate` Hz. Raises UserError."""
-    import soundfile
-    import soxr
     try:
         if not os.path.isfile(path):
             raise ValueError("a folder" if os.path.isdir(path) else "no such file")
@@ -710,30 +698,25 @@ def load_audio(path, sample_rate, start=0.0, seconds=None):
 
 def save_audio(path, wav, sample_rate):
     """Write (1, N) with 16 bits per sample; the ending of the name decides the format."""
-    import soundfile
     soundfile.write(path, wav.detach().float().cpu().squeeze(0).clamp(-1, 1).numpy(), sample_rate, subtype="PCM_16")
 
 
 def save(path, state):
-    """torch.save, so that `path` is at any moment the old file or the new one. Raises UserError if that fails."""
+    """torch.save, so that `path` is at any moment the old file or the new one."""
     path = os.path.realpath(path)                                    # a link stays a link
-    try:
-        torch.save(state, path + ".tmp")
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:                             # RuntimeError: torch's own, when the disk is full
-        raise UserError(f"{path}: cannot be written ({e}); what was there before is kept")
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
 
 
 def load(path, kind):
     """Checkpoint of `kind`, "sat" or "aar", ours or the authors', on the CPU; runs no code in it. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {"generator_state_dict": "sat", "model_state_dict": "aar"}
-        seen = state.get("kind") or next((theirs[name] for name in theirs if name in state), "something else")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; make one with: python train_{kind}.py --out {path}")
+        theirs = {"sat": "generator_state_dict", "aar": "model_state_dict"}[kind] in state
+        seen = kind if theirs else state.get("kind", "something else")
     except Exception as e:                                           # a damaged file can raise nearly anything
-        raise UserError(f"{path}: not a whole checkpoint ({type(e).__name__}); make one with: python train_{kind}.py")
+        seen = "no such" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: not a whole"
+        raise UserError(f"{path}: {seen} checkpoint; make one with: python train_{kind}.py --out {path}")
     if seen != kind:
         raise UserError(f"{path}: a checkpoint of {seen}, wanted one of {kind}: are --sat and --aar swapped?")
     return state
@@ -748,28 +731,21 @@ def fingerprint(model):
 def load_sat(path, device="cpu"):
     """Checkpoint of stage 1, ours or the authors' -> the tokenizer. Raises UserError if the file is none."""
     state = load(path, "sat")
-    if "generator_state_dict" not in state:
-        return ours(path, state, SAT, SATConfig).to(device).eval()
-    tensors = Published(path, state["generator_state_dict"])
-    V, latent = tensors["quantizer.vq.layers.0._codebook.embed"].shape
-    return tensors.fill(SAT(SATConfig(V=V, latent=latent))).to(device).eval()
+    theirs = state.get("generator_state_dict")
+    return (published(path, theirs) if theirs else ours(path, state, SAT, SATConfig)).to(device).eval()
 
 
 def load_aar(path, sat, device="cpu"):
     """Checkpoint of stage 2, ours or the authors', and its tokenizer -> the generator. Raises UserError."""
     state = load(path, "aar")
     if "model_state_dict" in state:
-        tensors, embedder = Published(path, state["model_state_dict"]), {"kind": "clap", "published": True}
-        V, (C, D), L = len(tensors["head.weight"]), tensors["word_embed.weight"].shape, tensors["pos_1LC"].shape[1]
-        fits = (L, D, V) == (sum(sat.config.scales), sat.config.latent, sat.config.V)
-        model = tensors.fill(AAR(AARConfig(sat.config.scales, D, V, C // 64))) if fits else None
+        model = published(path, state["model_state_dict"], sat.config)
+        model.embedder = {"kind": "clap", "published": True}         # what its condition is
     else:
         model, run = ours(path, state, AAR, AARConfig), state["run"]
-        fits = run["sat"] == fingerprint(sat)
-        embedder = {"kind": run["embedder"], "fingerprint": run["clap"], "toys": run["sounds"] == "toys"}
-    if not fits:
-        raise UserError(f"{path}: was trained on another tokenizer: give the --sat that it was trained with")
-    model.embedder = embedder                                        # what its condition is
+        model.embedder = {"kind": run["embedder"], "fingerprint": run["clap"], "toys": run["sounds"] == "toys"}
+        if run["sat"] != fingerprint(sat):
+            raise UserError(f"{path}: was trained on another tokenizer: give the --sat that it was trained with")
     return model.to(device).eval()
 
 
@@ -778,11 +754,10 @@ def ours(path, state, model_class, config_class):
     try:
         model = model_class(config_class(**state["config"]))
         model.load_state_dict(state["parts"][state["kind"]])
-        done, steps = state["step"], state["run"]["steps"]
+        if state["step"] < (steps := state["run"]["steps"]):
+            print(f"warning: the training of {path} stopped after {state['step']} of {steps} steps", file=sys.stderr)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: not a checkpoint of this version ({type(e).__name__}): train anew")
-    if done < steps:
-        print(f"warning: the training of {path} stopped after {done} of {steps} steps", file=sys.stderr)
     return model
 
 
@@ -800,38 +775,35 @@ THEIRS = [                              # our name -> the authors' name: regular
     (r"head_adaln", "head_nm.ada_lin"), (r"adaln", "ada_lin")]
 
 
-class Published(dict):
-    """The authors' tensors {name: tensor}. Raises UserError for one that is missing."""
-
-    def __init__(self, path, state):
-        super().__init__({name.removeprefix("module."): x for name, x in state.items()})
-        self.path = path
-
-    def __missing__(self, name):
-        raise UserError(f"{self.path}: damaged or partial: the tensor {name} is missing")
-
-    def fill(self, model):
-        """Load them into our SAT or AAR; returns it. Raises UserError if they are not of its sizes."""
+def published(path, state, sat=None):
+    """The authors' tensors {name: tensor} as a SAT or, for a tokenizer of SATConfig `sat`, an AAR. Raises UserError."""
+    theirs = {name.removeprefix("module."): x for name, x in state.items()}
+    try:
+        if sat is None:
+            V, D = theirs["quantizer.vq.layers.0._codebook.embed"].shape
+            model = SAT(SATConfig(V=V, latent=D))
+        else:
+            model = AAR(AARConfig(sat.scales, sat.latent, sat.V, depth=len(theirs["word_embed.bias"]) // 64))
         state = {name: x for name, x in model.state_dict().items() if not name.endswith((".usage", ".sum", ".idle"))}
-        try:
-            for name, own in state.items():
-                x = self[functools.reduce(lambda name, rule: re.sub(*rule, name), THEIRS, name)]
-                state[name] = x.reshape(own.shape) if x.numel() == own.numel() else x
-            if isinstance(model, AAR):
-                state["position"] = torch.cat([state["position"][:1] + self["pos_start"][0], state["position"][1:]])
-            elif len(state["encoder.15.bias"]) != model.config.latent:
-                # Latents of another size than the codec's: the Linear layers fold into the convolutions beside them.
-                for layer, way, rule in (("encoder.15", "in", "oc,cik->oik"), ("decoder.0", "out", "cj,ock->ojk")):
-                    A, a = self[f"quantizer.vq.project_{way}.weight"], self[f"quantizer.vq.project_{way}.bias"]
-                    g, v = (f"{layer}.parametrizations.weight.original{i}" for i in range(2))
-                    weight = state[v] * (state[g] / state[v].norm(dim=(1, 2), keepdim=True))
-                    bias = state[f"{layer}.bias"]
-                    state[f"{layer}.bias"] = A @ bias + a if way == "in" else bias + weight.sum(2) @ a
-                    state[v] = torch.einsum(rule, A, weight)
-                    state[g] = state[v].norm(dim=(1, 2), keepdim=True)
-            model.load_state_dict(state, strict=False)
-        except RuntimeError as e:
-            raise UserError(f"{self.path}: not of the released sizes ({str(e).splitlines()[-1].strip()})")
-        for codebook in (m for m in model.modules() if isinstance(m, Codebook)):
-            codebook.sum.copy_(codebook.codes / len(codebook.codes))         # the statistics of uniform use
-        return model
+        for name, own in state.items():
+            x = theirs[functools.reduce(lambda name, rule: re.sub(*rule, name), THEIRS, name)]
+            state[name] = x.reshape(own.shape) if x.numel() == own.numel() else x
+        if sat is not None:
+            state["position"] = torch.cat([state["position"][:1] + theirs["pos_start"][0], state["position"][1:]])
+        elif len(state["encoder.15.bias"]) != D:
+            # Latents of another size than the codec's: the Linear layers fold into the convolutions beside them.
+            for layer, way, rule in (("encoder.15", "in", "oc,cik->oik"), ("decoder.0", "out", "cj,ock->ojk")):
+                A, a = theirs[f"quantizer.vq.project_{way}.weight"], theirs[f"quantizer.vq.project_{way}.bias"]
+                g, v = (f"{layer}.parametrizations.weight.original{i}" for i in range(2))
+                weight = state[v] * (state[g] / state[v].norm(dim=(1, 2), keepdim=True))
+                bias = state[f"{layer}.bias"]
+                state[f"{layer}.bias"] = A @ bias + a if way == "in" else bias + weight.sum(2) @ a
+                state[v] = torch.einsum(rule, A, weight)
+                state[g] = state[v].norm(dim=(1, 2), keepdim=True)
+        sums = {name[:-5] + "sum": x / len(x) for name, x in state.items() if name.endswith(".codes")}  # uniform use
+        model.load_state_dict(state | sums, strict=False)
+    except KeyError as e:
+        raise UserError(f"{path}: damaged or partial: the tensor {e.args[0]} is missing")
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"{path}: not of the released sizes, or of another --sat ({str(e).splitlines()[-1].strip()})")
+    return model

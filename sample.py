@@ -15,7 +15,6 @@ import html
 import io
 import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,30 +72,26 @@ def main(argv=None):
         return page.write("Reconstructions", f"Scales decoded: {args.scales or 'all'}.")
 
     model = aar.load_aar(args.aar, sat, device)
-    kind, theirs = model.embedder["kind"], "published" in model.embedder
+    kind, theirs, embedder = model.embedder["kind"], "published" in model.embedder, None
     how = {"cfg": 4.0, "top_k": 200, "top_p": 0.95, "ramp": True} if theirs else train_aar.SAMPLING
     how = how | {name: value for name, value in vars(args).items() if name in how and value is not None}
-    what = (f"{'The authors’ weights. ' if theirs else ''}Guidance {'0 to ' if theirs else ''}{how['cfg']:g}, "
-            f"top-k {how['top_k']}, top-p {how['top_p']:g}, seed {args.seed}, condition {kind}. "
-            "Similarity: cosine of the conditions.")
+    what = ("The authors’ weights. " * theirs + f"Guidance {'0 to ' * theirs}{how['cfg']:g}, top-k {how['top_k']}, "
+            f"top-p {how['top_p']:g}, seed {args.seed}, condition {kind}. Similarity: cosine of the conditions.")
     print(what)
     model.to(aar.fast_dtype(device))
     how["generator"] = generator = torch.Generator(device).manual_seed(args.seed)
     make = aar.graphed(lambda cond: sat.decode(model.generate(cond, sat, **how)[:args.scales]), generator)
+    if args.ref or args.text or model.embedder.get("toys"):
+        embedder = train_aar.build_embedder(kind, rate, args.clap, model.embedder.get("fingerprint")).to(device)
 
-    def generate(cond):                                              # 16 at a time: any -n fits the memory
-        return torch.cat([make(part.to(device)).cpu() for part in cond.split(16)])
-
-    if not (args.ref or args.text or model.embedder.get("toys")):
-        for i, y in enumerate(generate(model.null.detach().float().expand(args.n, -1)), start=1):
-            page.add(f"sound-{i}", y, rate, write=True)
-        return page.write("Sounds without a condition", what)
-    embedder = train_aar.build_embedder(kind, rate, args.clap, model.embedder.get("fingerprint")).to(device)
-
-    def most_similar(cond, n):                                       # n sounds; with our weights of 4 n, the best first
-        y = generate(cond.expand(n if theirs else 4 * n, -1))
-        similarity = torch.cat([embedder(part.to(device)) for part in y.split(16)]) @ cond
-        return [(y[i], similarity[i].item()) for i in similarity.argsort(descending=True)[:n]]
+    def variations(cond, n):
+        """n pairs (sound, note). With our weights the n most similar of 4 n sounds, the best first."""
+        cond = cond.expand(n if theirs or embedder is None else 4 * n, -1)
+        y = torch.cat([make(part.to(device)).cpu() for part in cond.split(16)])      # 16 at a time fit any memory
+        if embedder is None:
+            return [(x, "") for x in y]
+        similarity = torch.cat([embedder(part.to(device)) for part in y.split(16)]) @ cond[0]
+        return [(y[i], f"similarity {similarity[i]:.2f}") for i in similarity.argsort(descending=True)[:n]]
 
     if args.text and kind != "clap":
         raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words")
@@ -107,12 +102,14 @@ def main(argv=None):
         page.add(f"{name}.reference", wav, rate, write=True)
         page.add("reconstruction: what the tokenizer allows", reconstruct(sat, wav.to(device), args.scales), rate)
         prompts = [(name, embedder(wav[None].to(device))[0])]
+    elif embedder:
+        return toys(args, sat, embedder, variations, page, what)
     else:
-        return toys(args, sat, embedder, most_similar, page, what)
+        prompts = [("sound", model.null.detach().float())]           # without a condition
     for words, cond in prompts:
         name = re.sub(r"\W+", "-", words).strip("-")[:60] or "text"
-        for i, (y, similarity) in enumerate(most_similar(cond, args.n), start=1):
-            page.add(f"{name}.variation-{i}", y, rate, write=True, note=f"similarity {similarity:.2f}")
+        for i, (y, note) in enumerate(variations(cond, args.n), start=1):
+            page.add(f"{name}.variation-{i}", y, rate, write=True, note=note)
     page.write(", ".join(words for words, _ in prompts), what)
 
 
@@ -137,7 +134,7 @@ def reconstruct(sat, wav, n):
     return (made / total)[:, :N]
 
 
-def toys(args, sat, embedder, most_similar, page, what):
+def toys(args, sat, embedder, variations, page, what):
     """Generate a sound from a fresh reference of each toy kind and ask which kind it is nearest to."""
     from librosa.feature import mfcc
     rate, kinds, right = sat.config.sample_rate, train_sat.TOYS, 0
@@ -146,14 +143,13 @@ def toys(args, sat, embedder, most_similar, page, what):
         c = mfcc(y=wav.squeeze(0).numpy(), sr=rate, n_mfcc=13)       # no training uses this embedding
         return np.concatenate([c.mean(1), c.std(1)])
     fresh = train_sat.Toys(sat.config, seed=1000 + args.seed)
-    references = torch.stack([fresh[i] for i in range(10)])
     known = np.stack([statistics(fresh[i]) for i in range(10, 210)])
-    for kind, x, cond in zip(kinds, references, embedder(references.to(next(sat.parameters()).device))):
-        (y, _), = most_similar(cond, 1)
+    for i, kind in enumerate(kinds):
+        (y, _), = variations(embedder(fresh[i][None].to(next(sat.parameters()).device))[0], 1)
         distance = np.linalg.norm((known - statistics(y)) / known.std(0), axis=1)
         nearest = kinds[distance.argmin() % 10]
         right += nearest == kind
-        page.add(f"toy-{kind}.reference", x, rate, write=True)
+        page.add(f"toy-{kind}.reference", fresh[i], rate, write=True)
         page.add(f"toy-{kind}.variation-1", y, rate, write=True, note=f"nearest to {nearest}")
     print(f"{right} of 10 generated sounds are nearest, by MFCC statistics, to the kind of their reference")
     page.write("Toy sounds", what)
@@ -165,7 +161,7 @@ def compare_folders(args, device):
     embeddings = []
     for folder in args.fad:                                          # our own references do not count as made
         files = [file for file in train_sat.find_sounds(folder) if ".reference" not in file[1].suffixes]
-        data = train_sat.Windows(files, aar.SATConfig(), args.seed, held_back=True)
+        data = train_sat.Windows(files, aar.SATConfig(), args.seed)
         embeddings.append(torch.cat([embedder(data[i][None].to(device)).cpu() for i in range(len(data))]))
     reference, made = embeddings
     print(f"Frechet distance {train_aar.frechet(made, reference):.3f}: {len(made)} sounds against {len(reference)}")
@@ -174,42 +170,35 @@ def compare_folders(args, device):
 
 def bench(preset, device):
     """Print how long each part takes with random weights; a training step is one of the preset's batches."""
+    from torch.utils.benchmark import Timer
     config, cuda = preset.sat, device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; peak: GB of the GPU\n")
-    print("| what | batch | ms | ms per clip | calls | ms per call | peak |\n| --- |" + " ---: |" * 6)
+    print(torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads", torch.__version__, "\n")
+    print("| what | batch | ms | ms per clip | calls | ms per call | GB of the GPU |\n| --- |" + " ---: |" * 6)
 
     def measure(what, step, *inputs, calls=1):
-        step, times, B = aar.graphed(step), [], len(inputs[0])
+        timer = Timer("step(*inputs)", globals={"step": aar.graphed(step), "inputs": inputs})
         torch.cuda.reset_peak_memory_stats() if cuda else None
-        for _ in range(8 if cuda else 3):                            # the first ones warm up and capture
-            since = time.perf_counter()
-            step(*inputs)
-            torch.cuda.synchronize() if cuda else None
-            times.append(1000 * (time.perf_counter() - since))
-        ms, peak = min(times), torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0
+        timer.timeit(2)                                              # four calls: three to warm up, then the capture
+        ms, B = 1000 * timer.blocked_autorange().median, len(inputs[0])
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0
         print(f"| {what} | {B} | {ms:.1f} | {ms / B:.2f} | {calls} | {ms / calls:.2f} | {peak:.1f} |", flush=True)
         return ms
 
     def generation(what, config, batch=1):
-        sat, next_token = aar.SAT(config).to(device), config.schedule == "flat"
-        model = aar.AAR(replace(preset.aar, scales=config.scales, next_token=next_token)).eval()
+        sat = aar.SAT(config).to(device)
+        model = aar.AAR(replace(preset.aar, scales=config.scales, next_token=what == "next-token")).eval()
         model.to(device, aar.fast_dtype(device))
-
-        def generate(cond):
-            return sat.decode(model.generate(cond, sat, **train_aar.SAMPLING))
-        return measure(f"next-{what} generation", generate, cond[:batch],
-                       calls=sum(config.scales) if next_token else config.n_scales)
+        return measure(what, lambda cond: sat.decode(model.generate(cond, sat, **train_aar.SAMPLING)), cond[:batch],
+                       calls=sum(map(len, model.blocks_of)))
 
     sat, discriminators, optimizers, _ = train_sat.build(config, device)
     wav = 0.1 * torch.randn(preset.train_sat.batch, 1, config.samples, device=device)
     cond = torch.randn(preset.train_aar.batch, preset.aar.cond_dim, device=device)
     measure("encode", sat.encode, wav[:1])
     measure("decode", lambda *r: sat.decode(r), *sat.encode(wav[:1]))
-    by_scale = generation("scale", config)
-    generation("scale", config, len(cond))
-    # Fig. 3: residual VQ, 750 tokens a second, against 16 scales
-    by_token = generation("token", replace(config, schedule="flat", n_scales=10, phis=0))
+    generation("next-scale", config, len(cond))
+    by_scale = generation("next-scale", config)                      # Fig. 3: against residual VQ, 750 tokens a second
+    by_token = generation("next-token", replace(config, schedule="flat", n_scales=10, phis=0))
     print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | | | | |")
     parts = sat, discriminators, optimizers, aar.MelLoss(config.sample_rate).to(device)
     for what, adversarial in (("step of stage 1", False), ("step of stage 1, discriminators", True)):
@@ -236,6 +225,7 @@ class Page:
 
     def add(self, name, wav, sample_rate, write=False, note=""):
         """Show a sound (1, N) on the page, and write it to a file of its own."""
+        from librosa.display import specshow
         from matplotlib.figure import Figure
         if name in self.names:                                       # files of one name in two folders
             name = f"{len(self.names)}-{name}"
@@ -248,9 +238,8 @@ class Page:
         aar.save_audio(sound, wav, sample_rate)
         figure = Figure(figsize=(4, 2.5), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(aar.Mel(sample_rate, 1024, 80).dB(wav[None])[0], "magma", origin="lower", aspect="auto",
-                            vmin=-80, vmax=0, extent=(0, wav.shape[1] / sample_rate, 0, 80))
-        axes.set(xlabel="s", ylabel="mel band")
+        image = specshow(aar.Mel(sample_rate, 1024, 80).dB(wav[None])[0].numpy(), sr=sample_rate, hop_length=256,
+                         x_axis="s", y_axis="mel", cmap="magma", vmin=-80, vmax=0, ax=axes)
         figure.colorbar(image, label="dB")
         figure.savefig(picture, dpi=120)
         data = [base64.b64encode(file.getvalue()).decode() for file in (sound, picture)]

@@ -112,7 +112,7 @@ def test_schedule_grows_evenly_from_1_to_all_frames():
             want = [math.floor(g_inverse(g(frames) * v + g(1) * (1 - v)) + 1e-6) for v in u]
             assert scale_schedule(kind, frames, n) == tuple(want)
     for case in (("cubic", 75, 16), ("linear", 75, 76), ("log", 75, 0), ("quadratic", 0, 1), ("flat", 75, 0)):
-        with pytest.raises(ValueError):
+        with pytest.raises((KeyError, ValueError)):
             scale_schedule(*case)
 
 
@@ -590,15 +590,14 @@ def test_coarse_tokens_weigh_more(pair):
         assert g is None or torch.allclose(p.grad, g / size, rtol=1e-3, atol=1e-5)
 
 
-def test_a_window_is_embedded_as_it_is_tokenized(tmp_path):
-    """Row i of the tokens and row i of the conditions come from window i; the cache gives the same again."""
+def test_a_window_is_embedded_as_it_is_tokenized():
+    """Row i of the tokens and row i of the conditions come from window i."""
     sat, embedder = small_sat(), lambda wav: wav.mean(-1)
     data = [noise(1, 1, sat.config.samples, seed=i)[0] for i in range(20)]
-    for _ in range(2):
-        tokens, cond = train_aar.tokenize(tmp_path / "cache.pt", "key", sat, embedder, data, 20)
-        for i, wav in enumerate(data):
-            assert torch.equal(tokens[i].long(), torch.cat(sat.encode(wav[None]), 1)[0])
-            near(cond[i], wav.mean(-1))
+    tokens, cond = train_aar.tokenize(sat, embedder, data, 20)
+    for i, wav in enumerate(data):
+        assert torch.equal(tokens[i].long(), torch.cat(sat.encode(wav[None]), 1)[0])
+        near(cond[i], wav.mean(-1))
 
 
 # --- Checkpoints, and the authors' -----------------------------------------------------------------------------------
@@ -848,7 +847,7 @@ def test_every_sound_in_a_folder_is_found(tmp_path, capsys):
 
 
 def test_windows_are_pieces_of_their_files(tmp_path, capsys):
-    """They are the same for the same seed; every epoch visits each file once; what breaks is named."""
+    """They are the same for the same seed; each file is visited in turn; what breaks is named."""
     written = noise_folder(tmp_path, [f"{i}.wav" for i in range(8)])
     files = train_sat.find_sounds(tmp_path)
 
@@ -857,11 +856,10 @@ def test_windows_are_pieces_of_their_files(tmp_path, capsys):
                     if np.array_equal(x[p:p + 1600], wav[0]))
     data, again, other = (Windows(files, CONFIG, seed) for seed in (0, 0, 1))
     items = [data[i] for i in range(24)]
-    epochs = [[file_of(wav) for wav in items[e:e + 8]] for e in (0, 8, 16)]
-    assert all(sorted(epoch) == sorted(written) for epoch in epochs) and epochs[0] != epochs[1]
+    assert [file_of(wav) for wav in items] == [path for _, path, _ in files] * 3
     assert all(torch.equal(items[i], again[i]) for i in reversed(range(24)))
     assert not any(torch.equal(items[i], other[i]) for i in range(24))
-    assert not torch.equal(items[0], items[8 + epochs[1].index(epochs[0][0])])         # another place in the next epoch
+    assert not torch.equal(items[0], items[8])                        # another place in the next epoch
     assert torch.equal(next(train_sat.batches(data, 3, range(5, 9))), torch.stack(items[5:8]))
     soundfile.write(files[0][1], np.full(4000, np.nan), 8000, subtype="FLOAT")
     assert files[0][1] not in [file_of(data[i]) for i in range(8)]
@@ -956,8 +954,6 @@ def test_resumed_equals_uninterrupted(stage, how, device, tmp_path, monkeypatch,
             with pytest.raises(UserError, match=f"stopped after {steps - 1} of {steps} steps; --resume goes on"):
                 train(out=stopped)
     assert torch.load(stopped, weights_only=True)["step"] == steps - (2 if how == "SIGKILL" else 1)
-    for path in tmp_path.glob("stopped.*.pt"):                        # tokens that were kept may get damaged
-        path.write_bytes(path.read_bytes()[:600])
     small_training(stage, stopped, wav_folder, "--resume", device=device, steps=steps)
     small_training(stage, tmp_path / "seed.pt", wav_folder, "--seed", "1", device=device, steps=steps)
     a, b, other = (tensors_of(path) for path in (one, stopped, tmp_path / "seed.pt"))
@@ -1046,16 +1042,19 @@ def test_frechet_distance_and_ranks_equal_the_formulas(n, m, C):
 
 
 def test_eval_measures_on_held_back_sounds(trained, capsys):
-    """A row for each tokenizer and guidance; half as loud is 6 dB away, an error of a tenth 20 dB below the sound."""
-    x, mel, (low, high) = noise(2, 1, 24000), Mel(24000, 1024, 80), (clip(sine(hz, 24000)) for hz in (440, 880))
-    near(train_sat.distances(mel, x, 0.5 * x)[:, 0], [6.02, 6.02], 0.01)
-    near(train_sat.distances(mel, low, 0.3 * (low + 0.1 * high))[:, 1], [20.0], 0.01)
+    """Half as loud is 6 dB away, an error of a tenth 20 dB below the sound; a row for each tokenizer and guidance."""
+    x, low, high, judge = noise(2, 1, 24000), sine(440, 24000), sine(880, 24000), nn.Linear(1, 1)    # has a device
+    judge.config, judge.encode, judge.decode = SATConfig(), lambda wav: [wav], lambda tokens: 0.5 * tokens[0]
+    assert train_sat.evaluate(judge, x)["log_mel_dB"] == pytest.approx(6.02, abs=0.01)
+    judge.decode = lambda tokens: 0.3 * (tokens[0] + 0.1 * clip(high))
+    assert train_sat.evaluate(judge, clip(low))["si_sdr_dB"] == pytest.approx(20, abs=0.01)
     sat, generator = map(str, trained.values())
     train_sat.main(["--device", "cpu", "--eval", sat, sat])
+    seen = [line for line in capsys.readouterr().out.splitlines() if line.startswith(sat)]
+    assert len(seen) == 2 and seen[0] == seen[1] and "log_mel_dB" in seen[0]
     train_aar.main(["--device", "cpu", "--sat", sat, "--eval", generator, "--cfg", "0", "50"])
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = {name: numbers for name, *numbers in lines}
-    assert rows[sat][:2] == ["415", "1660"] and lines[2] == lines[3]          # 83 tokens of 4 bits in 0.2 s
     assert rows["cfg 0"] == rows["cfg 0, growing from 0"] and rows["cfg 50"] != rows["cfg 50, growing from 0"]
 
 
@@ -1204,7 +1203,7 @@ def test_reconstructions_are_as_long_as_their_files(trained, tmp_path, capsys):
 
 def test_sounds_without_a_reference(trained, tmp_path, capsys):
     """A generator of toys makes one sound of each kind, and counts the kinds; another unconditional sounds."""
-    assert list(listen(trained, tmp_path / "a", "-n", 3)) == ["sound-1.wav", "sound-2.wav", "sound-3.wav"]
+    assert list(listen(trained, tmp_path / "a", "-n", 3)) == [f"sound.variation-{i}.wav" for i in (1, 2, 3)]
     state = torch.load(trained["aar"], weights_only=True)
     torch.save(state | {"run": state["run"] | {"sounds": "toys"}}, tmp_path / "toys.pt")
     found = listen(trained | {"aar": tmp_path / "toys.pt"}, tmp_path / "b")
@@ -1249,8 +1248,8 @@ def test_bench_prints_its_table(monkeypatch, capsys):
     rows = re.findall(r"^\| (.*) \| (\d+) \| (.*) \| (.*) \| (\d+) \| (.*) \| 0.0 \|$", out, re.M)
     for ms, *each in ((float(ms), (B, per_clip), (calls, per_call)) for _, B, ms, per_clip, calls, per_call in rows):
         assert all(ms / int(n) == pytest.approx(float(part), abs=0.06) for n, part in each)
-    by_scale, by_token, ratio = *(float(rows[i][2]) for i in (2, 4)), float(re.search(r"(\S+) times", out)[1])
-    assert len(rows) == 8 and [rows[i][4] for i in (2, 4)] == ["3", "80"]
+    by_scale, by_token, ratio = *(float(rows[i][2]) for i in (3, 4)), float(re.search(r"(\S+) times", out)[1])
+    assert len(rows) == 8 and [rows[i][4] for i in (3, 4)] == ["3", "80"]
     assert ratio == pytest.approx(by_token / by_scale, rel=0.05, abs=0.1)
 
 

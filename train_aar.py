@@ -4,7 +4,6 @@
     python train_aar.py --data wavs/ --sat sat.pt --eval aar.pt --cfg 0 2 4       measure on the held-back clips
 """
 import importlib.util
-import itertools
 import json
 import sys
 import types
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import soxr
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +20,6 @@ from tqdm import tqdm
 import aar
 import train_sat
 from aar import AAR, UserError
-
 
 # How to draw from a generator of ours. Guidance at all scales follows the reference better than the paper's ramp.
 SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}
@@ -44,15 +43,13 @@ def main(argv=None):
         return evaluate(args, device)
     sat = aar.load_sat(args.sat, device)
     embedder = build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
-    config = replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V,
-                     next_token=args.next_token)
+    config = replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V)
     if args.init:
         model = aar.load_aar(args.init, sat)
         config, kind = model.config, model.embedder["kind"]
         if kind != args.embedder or args.next_token != config.next_token:
-            raise UserError(f"{args.init} was trained with --embedder {kind}{' --next-token' * config.next_token}: "
-                            "give the same")
-    train(args, sat, embedder, config, train_sat.changed(preset.train_aar, args), device)
+            raise UserError(f"{args.init} needs --embedder {kind}{' --next-token' * config.next_token}")
+    train(args, sat, embedder, config, preset.train_aar, device)
 
 
 # --- The condition: what the generator is told about the sound ---------------------------------------------------
@@ -127,7 +124,6 @@ class CLAP(nn.Module):
     @torch.no_grad()
     def forward(self, wav):
         """Waveform (B, 1, N) -> (B, 512), unit length; only the first 10 s count."""
-        import soxr
         x = soxr.resample(wav.squeeze(1).T.float().cpu().numpy(), self.sample_rate, 48000)
         x = torch.from_numpy(x.T).to(wav.device)[:, :480000]
         x = x.repeat(1, 480000 // x.shape[1])                        # as it was trained: whole repeats, then silence
@@ -165,28 +161,19 @@ def build_embedder(kind, sample_rate, clap=None, trained_with=None):
         raise UserError(f"the embedder clap needs a checkpoint: {GET_CLAP}")
     embedder = CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)
     if trained_with not in (None, aar.fingerprint(embedder)):
-        raise UserError("the generator was trained with another version of the mel embedder: train it anew"
-                        if kind == "mel" else f"--clap {clap}: not the checkpoint that the generator was trained with")
+        raise UserError(f"the generator was trained with another {kind}: give the same --clap, or train it anew")
     return embedder.eval()
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
 
-def tokenize(cache, key, sat, embedder, data, n):
-    """Tokens (n, L) int16 and conditions (n, cond_dim) of the first n windows; kept in the file `cache` under `key`."""
-    try:
-        state = torch.load(cache, weights_only=True)
-        if state["key"] == key:
-            return state["tokens"], state["cond"]
-    except Exception:                                                # no cache yet, or a damaged one
-        pass
+def tokenize(sat, embedder, data, n):
+    """Tokens (n, L) int16 and conditions (n, cond_dim) of the first n windows of `data`."""
     device, tokens, cond = next(sat.parameters()).device, [], []
     for wav in tqdm(train_sat.batches(data, 16, range(n)), "tokens", -(-n // 16), unit="batch"):
         tokens.append(torch.cat(sat.encode(wav.to(device)), 1).short().cpu())
         cond.append(embedder(wav.to(device)).cpu())                  # the window that is tokenized is embedded
-    tokens, cond = torch.cat(tokens), torch.cat(cond)
-    aar.save(cache, {"key": key, "tokens": tokens, "cond": cond})
-    return tokens, cond
+    return torch.cat(tokens), torch.cat(cond)
 
 
 def losses(model, sat, r, cond):
@@ -213,7 +200,7 @@ def train_step(model, sat, optimizers, r, cond):
 
 def build(config, sat, device, init=None):
     """A generator, its optimizers and their learning rate."""
-    model = (aar.load_aar(init, sat, device) if init else AAR(config).to(device)).train()
+    model = aar.load_aar(init, sat, device) if init else AAR(config).to(device)
     lr = torch.zeros((), device=device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -226,34 +213,31 @@ def train(args, sat, embedder, config, plan, device):
     model, optimizers, lr = build(config, sat, device, args.init)
     data, held_back, key = train_sat.sounds(args.data, sat.config, args.seed)
     data.augment = True                                              # half an hour of sound is soon learned by heart
-    made_of = {"sounds": key, "sat": aar.fingerprint(sat), "embedder": args.embedder, "clap": aar.fingerprint(embedder)}
-    run = train_sat.Run(args, "aar", config, plan, {"aar": model} | optimizers, lr, **made_of)
+    parts, made_of = {"aar": model} | optimizers, {"sat": aar.fingerprint(sat), "clap": aar.fingerprint(embedder)}
+    state = train_sat.start(args, "aar", config, plan, parts, lr, sounds=key, embedder=args.embedder, **made_of)
     n = int(min(plan.steps * plan.batch, plan.crops, 20 * sum(seconds for *_, seconds in data.files)))
     print(f"{n} clips, next-{'token' if config.next_token else 'scale'}; guessing costs ln V = {np.log(config.V):.2f}")
-    out, name = Path(args.out), repr((made_of, args.seed))
-    tokens, cond = tokenize(out.with_suffix(".tokens.pt"), f"{name} {n}", sat, embedder, data, n)
-    held = tokenize(out.with_suffix(".held.pt"), name, sat, embedder, held_back, len(held_back))
+    tokens, cond = tokenize(sat, embedder, data, n)
+    held = tokenize(sat, embedder, held_back, len(held_back))
     heard = torch.stack([held_back[i] for i in range(min(4, len(held_back)))]).to(device)
     if device.type == "cuda" and plan.steps >= 1000:                 # memory traffic is the limit: fuse the kernels
         torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
         for layer in model.layers:
             layer.compile()
-    one_step = aar.graphed(lambda r, cond: train_step(model, sat, optimizers, r, cond))
-    for _ in run.steps():
+    graph = aar.graphed(lambda r, cond: train_step(model, sat, optimizers, r, cond))
+
+    def one_step(step):
+        model.train()
         pick = torch.randint(n, (plan.batch,))
-        run.add(one_step(tokens[pick].to(device), cond[pick].to(device)))
-        if run.due:
-            with torch.compiler.set_stance("force_eager"):           # only the shapes of training are compiled
-                model.eval()
-                run.write(**validate(model, sat, *held))
-                y = sat.decode(model.generate(held[1][:len(heard)].to(device), sat, **SAMPLING))
-                train_sat.save_in_turn(out.with_suffix(".wav"), heard, y, sat.config.sample_rate)
-                model.train()
+        return graph(tokens[pick].to(device), cond[pick].to(device))
 
-
-def per_scale(x, scales):
-    """Mean over the tokens of each scale: (B, L) -> list of K numbers."""
-    return [part.float().mean().item() for part in x.split(scales, -1)]
+    @torch.compiler.set_stance("force_eager")                        # only the shapes of training are compiled
+    def report(step):
+        model.eval()
+        y = sat.decode(model.generate(held[1][:len(heard)].to(device), sat, **SAMPLING))
+        train_sat.save_in_turn(Path(args.out).with_suffix(".wav"), heard, y, sat.config.sample_rate)
+        return validate(model, sat, *held)
+    train_sat.loop(args, plan, state, parts, lr, one_step, report)
 
 
 @torch.no_grad()
@@ -261,9 +245,11 @@ def validate(model, sat, tokens, cond):
     """Teacher-forced on held-back clips: mean loss; per scale the loss and how often the likeliest code is right."""
     device = next(model.parameters()).device
     parts = [losses(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))]
-    loss, right = (torch.cat(part) for part in zip(*parts))
-    return {"held_back": loss.mean().item(), "per_scale": per_scale(loss, model.config.scales),
-            "accuracy": per_scale(right, model.config.scales)}
+    loss, right = (torch.cat(part).float().mean(0) for part in zip(*parts))                  # (L,)
+    scores = {"held_back": loss.mean().item()}
+    for name, x in (("per_scale", loss), ("accuracy", right)):
+        scores[name] = [round(part.mean().item(), 3) for part in x.split(model.config.scales)]
+    return scores
 
 
 # --- Measures of a generator -------------------------------------------------------------------------------------
@@ -295,33 +281,23 @@ def evaluate(args, device):
     kind = model.embedder["kind"]
     embedder = build_embedder(kind, sat.config.sample_rate, args.clap, model.embedder.get("fingerprint")).to(device)
     data, held_back, _ = train_sat.sounds(args.data, sat.config, args.seed)
-    n = len(held_back)
+    (r, cond), (_, trained) = (tokenize(sat, embedder, part, len(held_back)) for part in (held_back, data))
 
-    def batched(function, *inputs):
-        parts = zip(*(x.split(16) for x in inputs))
-        return torch.cat([function(*(x.to(device) for x in part)).cpu() for part in parts])
+    def embeddings(tokens_of, x):
+        return torch.cat([embedder(sat.decode(tokens_of(part.to(device)))).cpu() for part in x.split(16)])
 
-    def row(name, wav, references):
-        y = batched(embedder, wav)
+    def row(name, y, references):
         rank = ranks(y, references)
         print(f"| {name} | {frechet(y, cond):.3f} | {(y * references).sum(1).mean():.2f} | {rank.float().median():.0f} "
               f"| {(rank <= 10).float().mean():.0%} | {(rank == 1).float().mean():.0%} |", flush=True)
-
-    wav, trained = (torch.stack([part[i] for i in range(n)]) for part in (held_back, data))
-    cond, trained_cond = batched(embedder, wav), batched(embedder, trained)
-    print(f"| {args.eval} | Frechet | similarity | median rank of {n} | top 10 | first |\n| --- |" + " ---: |" * 5)
+    print(f"| {args.eval} | Frechet | similarity | median rank of {len(r)} | top 10 | first |\n| --- |" + " ---: |" * 5)
     row("training clips", trained, cond)
-    row("white noise", wav.std(-1, keepdim=True) * torch.randn_like(wav), cond)
-    row("reconstructions", batched(lambda x: sat.decode(sat.encode(x)), wav), cond)
-    for cfg, (name, ramp, references) in itertools.product(args.cfg, (
-            ("", False, cond), (", growing from 0", True, cond), (", of training clips", False, trained_cond))):
-        how = SAMPLING | {"cfg": cfg, "ramp": ramp, "generator": torch.Generator(device).manual_seed(args.seed)}
-        row(f"cfg {cfg:g}{name}", batched(lambda c: sat.decode(model.generate(c, sat, **how)), references), references)
-    scores = validate(model, sat, batched(lambda x: torch.cat(sat.encode(x), 1), wav), cond)
-    print(f"\nheld-back cross-entropy per token: {scores['held_back']:.2f}\n\n| scale | loss | accuracy |")
-    print("| ---: " * 3 + "|")
-    for s, loss, right in zip(sat.config.scales, scores["per_scale"], scores["accuracy"]):
-        print(f"| {s} | {loss:.2f} | {right:.1%} |")
+    row("reconstructions", embeddings(lambda r: r.long().split(sat.config.scales, 1), r), cond)
+    for cfg in args.cfg:
+        for name, ramp, x in (("", False, cond), (", growing from 0", True, cond), (", of training", False, trained)):
+            how = SAMPLING | {"cfg": cfg, "ramp": ramp, "generator": torch.Generator(device).manual_seed(args.seed)}
+            row(f"cfg {cfg:g}{name}", embeddings(lambda c: model.generate(c, sat, **how), x), x)
+    print(validate(model, sat, r, cond))
 
 
 if __name__ == "__main__":

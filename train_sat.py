@@ -4,6 +4,7 @@
     python train_sat.py --data wavs/ --eval sat.pt other.pt  measure checkpoints on the held-back clips
 """
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from aar import PRESETS, SAT, Discriminators, Mel, MelLoss, UserError
 WEIGHTS = {"time": 0.1, "wave": 5.0, "mel": 1.0, "vq": 1.0, "adversarial": 3.0, "feature": 3.0}
 SUFFIXES = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split()
 TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
+HELD_BACK = 2 ** 31                     # seed of the windows of held-back clips: the same for every --seed
 BOUNDS = {"steps": (1, 1e9), "batch": (1, 1e6), "lr": (1e-9, 1), "seed": (0, 2 ** 31 - 1), "adversarial_at": (0, 1),
           "seconds": (0.25, 60), "phis": (0, 16), "rvq": (1, 100), "n": (1, 1e6), "scales": (1, 1e6), "cfg": (0, 100),
           "top_k": (0, 1e6), "top_p": (1e-9, 1)}                     # what the numbers of all command lines may be
@@ -61,22 +64,24 @@ def main(argv=None):
     args = arguments(argv)
     device, preset = begin(args)
     if args.eval:
-        return compare(args, device)
-    config = aar.load_sat(args.init).config if args.init else preset.sat
-    if args.init and (args.rvq or changed(config, args) != config):
-        raise UserError(f"{args.init} has its own sizes: leave out --seconds, --schedule, --rvq and --phis")
-    config = changed(config, args)
+        for path in args.eval:
+            sat = aar.load_sat(path, device)
+            print(path, evaluate(sat, sounds(args.data, sat.config, args.seed)[1]))
+        return
+    config = preset.sat
     if args.rvq:
         config = replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    train(args, config, changed(preset.train_sat, args), device)
+    if args.init and {args.seconds, args.schedule, args.rvq, args.phis} != {None}:
+        raise UserError(f"{args.init} has its own sizes: leave out --seconds, --schedule, --rvq and --phis")
+    train(args, aar.load_sat(args.init).config if args.init else config, preset.train_sat, device)
 
 
 def begin(args):
-    """The device and the preset of a command line. Raises UserError for numbers out of range and missing devices."""
+    """The device, and the preset with what the command line changes. Raises UserError for what cannot be."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
     for name, (low, high) in BOUNDS.items():
-        value = vars(args).get(name)
-        if value is not None and not (low <= np.min(value) and np.max(value) <= high):
-            raise UserError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {value}")
+        if name in given and not (low <= np.min(given[name]) and np.max(given[name]) <= high):
+            raise UserError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {given[name]}")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(args.device or best)
@@ -85,12 +90,8 @@ def begin(args):
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
     name = args.preset or ("base" if device.type == "cuda" else "tiny")
     print(f"device {device}, preset {name}" + (": about 10 + 16 hours on an H100" if name == "paper" else ""))
-    return device, PRESETS[name]
-
-
-def changed(config, args):
-    """A configuration with what the command line changes."""
-    return replace(config, **{k: v for k, v in vars(args).items() if k in vars(config) and v is not None})
+    changed = (replace(part, **{k: given[k] for k in vars(part) if k in given}) for part in PRESETS[name])
+    return device, aar.Preset(*changed)
 
 
 def run(main):
@@ -99,13 +100,11 @@ def run(main):
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as e:
-        if not any(words in str(e) for words in ("out of memory", "allocate memory", "shared memory")):
+    except (UserError, OSError, RuntimeError) as e:
+        message = " ".join(str(e).rpartition("UserError: ")[2].split())              # without a worker's traceback
+        if isinstance(e, RuntimeError) and not any(word in message for word in ("memory", "write")):
             raise
-        message = "not enough memory: give a smaller --batch or --preset"
-    except (UserError, OSError) as e:                                # one from a worker holds the worker's traceback
-        message = " ".join(str(e).rpartition("UserError: ")[2].split())
-    print("error:", message, file=sys.stderr)
+    print("error:", message[:400] + " (a smaller --batch needs less)" * ("memory" in message), file=sys.stderr)
     sys.exit(2)
 
 
@@ -113,24 +112,23 @@ def run(main):
 
 def find_sounds(folder):
     """Sound files below a folder, links followed -> [(hash of the path in it, path, seconds)], sorted."""
-    good, bad, others, seen = [], 0, 0, set()
+    paths, good, seen = [], [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:                 # a link to a folder that was visited
             folders[:], names = [], []
         seen.add(real)
-        for path in (Path(root, name) for name in names):
-            if path.suffix.lower() not in SUFFIXES:
-                others += 1
-                continue
-            try:
-                seconds = soundfile.info(path).duration if path.is_file() else 0
-            except (OSError, RuntimeError, ValueError):
-                seconds = 0
-            if seconds:
-                good.append((zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())), path, seconds))
-            else:
-                bad += 1
-                print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
+        paths += [Path(root, name) for name in names]
+    sounds = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    for path in sounds:
+        try:
+            seconds = soundfile.info(path).duration if path.is_file() else 0
+        except (OSError, RuntimeError, ValueError):
+            seconds = 0
+        if seconds:
+            good.append((zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())), path, seconds))
+        else:
+            print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
+    bad, others = len(sounds) - len(good), len(paths) - len(sounds)
     found = f"{folder}: {len(good)} readable sounds, {bad} unreadable, {others} files of other kinds"
     if bad >= len(good):
         raise UserError(f"{found}; give a folder of {' '.join(SUFFIXES)}")
@@ -139,83 +137,77 @@ def find_sounds(folder):
 
 
 class Windows:
-    """Windows (1, samples) of what `find_sounds` found, silent ones avoided; each epoch visits each file once.
+    """Windows (1, samples) of what `find_sounds` found: random places that are not silent, every file in turn.
 
     With `augment` each is shifted by up to 2 semitones (and as much faster or slower) and scaled by up to 6 dB.
     """
     augment = False
 
-    def __init__(self, files, config, seed, held_back=False):
-        self.files, self.config, self.seed, self.held_back, self.epoch = files, config, seed, held_back, None
+    def __init__(self, files, config, seed):
+        self.files, self.config, self.seed = files, config, seed
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        n, rate, samples, gain = len(self), self.config.sample_rate, self.config.samples, 1.0
-        if self.epoch != i // n:
-            self.epoch, self.order = i // n, np.random.default_rng((self.seed, i // n)).permutation(n)
-        rng = np.random.default_rng((self.seed, self.held_back, i))
+        rng, gain = np.random.default_rng((self.seed, i)), 1.0
+        rate, samples = self.config.sample_rate, self.config.samples
         if self.augment:
             rate, gain = rate * 2 ** (rng.uniform(-2, 2) / 12), 10 ** (rng.uniform(-6, 6) / 20)
         seconds = samples / rate
-        for _, path, length in (self.files[self.order[j % n]] for j in range(i, i + n)):
+        for _, path, length in (self.files[j % len(self)] for j in range(i, i + len(self))):
             wavs = []
             try:
                 while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # an offset is silent
                     wavs.append(aar.load_audio(path, rate, rng.uniform(0, max(0.0, length - seconds)), seconds))
                 wav = max(wavs, key=lambda wav: wav.std(correction=0))
                 wav = wav * min(gain, 1 / (wav.abs().max().item() + 1e-9))
-                return nn.functional.pad(wav, (0, samples - wav.shape[1]))
+                return F.pad(wav, (0, samples - wav.shape[1]))
             except UserError as e:
                 print(f"skipped {e}", file=sys.stderr)               # the next file takes its place
         raise UserError("none of the sounds can be read")
 
 
-def toy_sound(kind, rng, rate, samples):
-    """A sound of one of ten kinds with random parameters from the numpy generator `rng`: (1, samples) float32."""
-    t, u, noise = np.arange(samples) / rate, rng.uniform, rng.standard_normal(samples)
-    sweep = t * u(4, 8) % 1
-
-    def tone(hz, partials=(1,), damping=0.0):
-        phase = 2 * np.pi * np.cumsum(hz * np.ones(samples)) / rate
-        return sum(np.sin(h * phase) * np.exp(-damping * h * t) / h for h in partials)
-    x = {"kick": lambda: tone(u(40, 60) + u(100, 200) * np.exp(-u(25, 45) * t)) * np.exp(-u(5, 9) * t),
-         "snare": lambda: 0.5 * noise * np.exp(-u(12, 20) * t) + tone(u(160, 240)) * np.exp(-u(15, 25) * t),
-         "hat": lambda: np.diff(noise, 2, prepend=[0, 0]) * np.exp(-u(25, 60) * t),
-         "pluck": lambda: tone(u(150, 600), range(1, 9), 2) * np.exp(-u(1, 3) * t),
-         "bell": lambda: tone(u(400, 900), (1, 2.76, 5.4, 8.93), u(0.5, 1.5)),
-         "siren": lambda: tone(u(600, 1000) * (1 + u(0.2, 0.4) * tone(u(2, 4))), range(1, 6)),
-         "bird": lambda: tone(u(2500, 4500) * (1 + u(0.2, 0.5) * sweep)) * np.sin(np.pi * sweep / 0.6).clip(0),
-         "wind": lambda: np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * tone(u(0.5, 2))),
-         "buzz": lambda: tone(u(70, 160), range(1, 25)),
-         "clicks": lambda: tone(u(1200, 2400)) * np.exp(-u(15, 30) * (t % u(0.08, 0.16)))}[kind]()
-    x = x / np.abs(x).max() * 10 ** (u(-12, -2) / 20)
-    return torch.from_numpy((x + 10 ** (-45 / 20) * rng.standard_normal(samples)).astype(np.float32))[None]
-
-
 class Toys(Windows):
-    """Endless built-in sounds: item i is (1, samples) of kind TOYS[i % 10], the same for the same seed."""
+    """Endless built-in sounds with random parameters: item i is (1, samples) of kind TOYS[i % 10]."""
 
-    def __init__(self, config, seed=0, held_back=False):
-        super().__init__([(0, kind, 60.0) for kind in TOYS * 10], config, seed, held_back)    # as 100 files of 60 s
+    def __init__(self, config, seed=0):
+        super().__init__([(0, kind, 60.0) for kind in TOYS * 10], config, seed)              # as 100 files of 60 s
 
     def __getitem__(self, i):
-        rng = np.random.default_rng((self.seed, self.held_back, i))
-        return toy_sound(TOYS[i % 10], rng, self.config.sample_rate, self.config.samples)
+        rng = np.random.default_rng((self.seed, i))
+        rate, samples = self.config.sample_rate, self.config.samples
+        t, u, noise = np.arange(samples) / rate, rng.uniform, rng.standard_normal(samples)
+        sweep = t * u(4, 8) % 1
+
+        def tone(hz, partials=(1,), damping=0.0):
+            phase = 2 * np.pi * np.cumsum(hz * np.ones(samples)) / rate
+            return sum(np.sin(h * phase) * np.exp(-damping * h * t) / h for h in partials)
+        x = {"kick": lambda: tone(u(40, 60) + u(100, 200) * np.exp(-u(25, 45) * t)) * np.exp(-u(5, 9) * t),
+             "snare": lambda: 0.5 * noise * np.exp(-u(12, 20) * t) + tone(u(160, 240)) * np.exp(-u(15, 25) * t),
+             "hat": lambda: np.diff(noise, 2, prepend=[0, 0]) * np.exp(-u(25, 60) * t),
+             "pluck": lambda: tone(u(150, 600), range(1, 9), 2) * np.exp(-u(1, 3) * t),
+             "bell": lambda: tone(u(400, 900), (1, 2.76, 5.4, 8.93), u(0.5, 1.5)),
+             "siren": lambda: tone(u(600, 1000) * (1 + u(0.2, 0.4) * tone(u(2, 4))), range(1, 6)),
+             "bird": lambda: tone(u(2500, 4500) * (1 + u(0.2, 0.5) * sweep)) * np.sin(np.pi * sweep / 0.6).clip(0),
+             "wind": lambda: np.convolve(noise, np.hanning(int(u(60, 160))), "same") * (1 + 0.8 * tone(u(0.5, 2))),
+             "buzz": lambda: tone(u(70, 160), range(1, 25)),
+             "clicks": lambda: tone(u(1200, 2400)) * np.exp(-u(15, 30) * (t % u(0.08, 0.16)))}[TOYS[i % 10]]()
+        x = x / np.abs(x).max() * 10 ** (u(-12, -2) / 20) + 10 ** (-45 / 20) * rng.standard_normal(samples)
+        return torch.from_numpy(x.astype(np.float32))[None]
 
 
 def sounds(folder, config, seed=0):
     """(Training set, held-back set: 5% of the files by hash, 1 to 256, a key that changes when the sounds do)."""
     if folder is None:
-        return Toys(config, seed), Toys(config, seed, held_back=True), "toys"
+        return Toys(config, seed), Toys(config, HELD_BACK), "toys"
     files = find_sounds(folder)
     n = max(1, min(sum(h < 2 ** 32 // 20 for h, _, _ in files), len(files) - 1))
     if len(files) == 1:
         print("a single sound: it is trained on and held back as well")
     seen = [(h, zlib.crc32(np.fromfile(path, np.uint8, 65536), path.stat().st_size)) for h, path, _ in files]
     key = f"{zlib.crc32(repr(seen).encode()):08x}"
-    return Windows(files[n:] or files, config, seed), Windows(files[:n][:256], config, seed, held_back=True), key
+    return Windows(files[n:] or files, config, seed), Windows(files[:n][:256], config, HELD_BACK), key
 
 
 def batches(data, batch, items):
@@ -305,78 +297,68 @@ def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial,
     return {name: value.detach() for name, value in losses.items()}
 
 
-class Run:
-    """What both stages do around their steps: --resume, the log, checkpoints, a stop that saves (Ctrl-C, TERM, HUP)."""
+def start(args, kind, config, plan, parts, lr, **settings):
+    """The state of a new run, or with --resume that of args.out, loaded into `parts`. Raises UserError."""
+    settings |= asdict(config) | asdict(plan) | {"seed": args.seed, "init": args.init}
+    state = {"kind": kind, "config": asdict(config), "run": settings, "step": 0, "history": []}
+    if args.resume:
+        state = aar.load(args.out, kind)
+        was = state.get("run", {})
+        if differs := [f"{k} {was.get(k)} -> {v}" for k, v in settings.items() if was.get(k) != v]:
+            raise UserError(f"{args.out} has other settings ({'; '.join(differs)}): use the same, or --init")
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+            for group in getattr(part, "param_groups", ()):          # of an optimizer: one lr for all, this device
+                group.update(lr=lr, capturable=lr.is_cuda)
+    elif os.path.lexists(args.out):
+        raise UserError(f"{args.out} exists: --resume goes on with it, or give another --out")
+    Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)
+    print(f"{sum(p.numel() for p in parts[kind].parameters()) / 1e6:.2f} M parameters, scales {config.scales}")
+    return state
 
-    def __init__(self, args, kind, config, plan, parts, lr, **settings):
-        self.args, self.kind, self.config, self.plan, self.parts, self.lr = args, kind, config, plan, parts, lr
-        self.settings = asdict(config) | asdict(plan) | {"seed": args.seed, "init": args.init} | settings
-        self.start, self.history, self.rows, self.pending, self.seconds, self.stop = 0, [], [], [], 0.0, False
-        if args.resume:
-            state = aar.load(args.out, kind)
-            made = state.get("run", {})
-            if differs := [f"{k} {made.get(k)} -> {v}" for k, v in self.settings.items() if made.get(k) != v]:
-                raise UserError(f"{args.out} has other settings ({'; '.join(differs)}): use the same, or --init")
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
-                for group in getattr(part, "param_groups", ()):      # of an optimizer: one lr for all, this device
-                    group.update(lr=lr, capturable=lr.is_cuda)
-            self.start, self.history = state["step"], state["history"]
-        elif os.path.lexists(args.out) or not Path(args.out).resolve().parent.is_dir():
-            why = "exists: --resume goes on with it" if os.path.lexists(args.out) else "is in no folder that exists"
-            raise UserError(f"{args.out} {why}, or give another --out")
-        print(f"{sum(p.numel() for p in parts[kind].parameters()) / 1e6:.2f} M parameters, scales {config.scales}")
-        for number in signal.valid_signals() & {1, 2, 15}:           # HUP (not in Windows), INT, TERM
-            signal.signal(number, self.ask)
 
-    def ask(self, number, _):
-        self.stop = True
+def loop(args, plan, state, parts, lr, one_step, report):
+    """Do the steps that are left: one_step(i) -> losses {name: tensor}.
+
+    After every tenth of the plan, and when Ctrl-C (TERM, HUP) stops it, it adds report(i) -> {name: number or list} to
+    the log, draws the curves and saves. What a step draws depends on the seed and i only, so --resume is exact.
+    """
+    pending, rows, seconds, saved, stop = [], [], 0.0, time.time(), []
+
+    def ask(number, _):
+        stop.append(number)
         signal.signal(number, signal.SIG_DFL)                        # a second one stops at once
-
-    def steps(self):
-        """The steps that are left; the loop calls `add` in each, and `write` in those that are `due`.
-
-        What a step draws depends on the seed and its number only, so --resume is exact.
-        """
-        self.saved = time.time()
-        self.bar = tqdm(range(self.start, self.plan.steps), initial=self.start, total=self.plan.steps, unit="step")
-        for self.step in self.bar:
-            torch.manual_seed(self.args.seed + self.step)
-            self.lr.fill_(learning_rate(self.step, self.plan))
-            self.since = time.time()                                 # what validation and files take does not count
-            yield self.step
-            if self.due or not self.pending and time.time() > self.saved + 600:      # all are checked
-                self.saved = time.time()
-                parts = {name: part.state_dict() for name, part in self.parts.items()}
-                aar.save(self.args.out, {"kind": self.kind, "config": asdict(self.config), "run": self.settings,
-                                         "parts": parts, "step": self.step + 1, "history": self.history})
-            if self.due and self.stop:
-                self.bar.close()
-                raise UserError(f"stopped after {self.step + 1} of {self.plan.steps} steps; --resume goes on")
-
-    def add(self, losses):
-        """Remember the losses of this step, {name: tensor}; reads the device every ten steps only."""
-        done = self.step + 1
-        self.due = self.stop or done == self.plan.steps or done % max(1, self.plan.steps // 10) == 0
-        self.pending.append((list(losses), torch.stack(list(losses.values()))))      # a copy: a graph reuses its own
-        if self.due or len(self.pending) == 10:
-            for step, (names, values) in enumerate(self.pending, done - len(self.pending)):
-                self.rows.append(dict(zip(names, values.tolist())))
-                if bad := [name for name, value in self.rows[-1].items() if not np.isfinite(value)]:
-                    raise UserError(f"step {step}: {bad[0]} is not finite; the last checkpoint is kept; lower --lr")
-            self.pending = []
-            self.bar.set_postfix(self.rows[-1], refresh=False)
-        self.seconds += time.time() - self.since
-
-    def write(self, **scores):
-        """Print a line of the log, remember it, and draw the curves."""
-        means = {name: float(np.mean([row[name] for row in self.rows if name in row])) for name in self.rows[-1]}
-        row = means | scores | {"s_per_step": self.seconds / len(self.rows)}
-        texts = (f"{name} {' '.join(f'{x:.3g}' for x in np.atleast_1d(value))}" for name, value in row.items())
-        self.bar.write(f"step {self.step + 1}  " + "  ".join(texts))
-        self.history.append({"step": self.step + 1} | row)
-        draw_curves(Path(self.args.out).with_suffix(".png"), self.history)
-        self.rows, self.seconds = [], 0.0
+    for number in signal.valid_signals() & {1, 2, 15}:               # HUP (not in Windows), INT, TERM
+        signal.signal(number, ask)
+    bar = tqdm(range(state["step"], plan.steps), initial=state["step"], total=plan.steps, unit="step")
+    for step in bar:
+        since, done = time.time(), step + 1
+        torch.manual_seed(args.seed + step)
+        lr.fill_(learning_rate(step, plan))
+        losses = one_step(step)
+        pending.append((list(losses), torch.stack(list(losses.values()))))           # a copy: a graph reuses its own
+        due = bool(stop) or done == plan.steps or done % max(1, plan.steps // 10) == 0
+        if due or len(pending) == 10:                                # only here the program waits for the device
+            for i, (names, values) in enumerate(pending, done - len(pending)):
+                rows.append(dict(zip(names, values.tolist())))
+                if bad := [name for name, value in rows[-1].items() if not np.isfinite(value)]:
+                    raise UserError(f"step {i}: {bad[0]} is not finite; the last checkpoint is kept; lower --lr")
+            pending = []
+            bar.set_postfix(rows[-1], refresh=False)
+        seconds += time.time() - since
+        if due:
+            means = {name: np.mean([row[name] for row in rows if name in row]) for name in rows[-1]}
+            row = {"step": done, "s_per_step": seconds / len(rows)} | means | report(step)
+            state["history"].append({name: np.round(value, 4).tolist() for name, value in row.items()})
+            bar.write(str(state["history"][-1]))
+            draw_curves(Path(args.out).with_suffix(".png"), state["history"])
+            rows, seconds = [], 0.0
+        if due or not pending and time.time() > saved + 600:
+            saved, state["parts"] = time.time(), {name: part.state_dict() for name, part in parts.items()}
+            aar.save(args.out, state | {"step": done})
+        if due and stop:
+            bar.close()
+            raise UserError(f"stopped after {done} of {plan.steps} steps; --resume goes on")
 
 
 def draw_curves(path, history):
@@ -385,15 +367,14 @@ def draw_curves(path, history):
     names = [name for name in history[-1] if name != "step"]
     figure = Figure(figsize=(6, 2 * len(names)), layout="constrained")
     for ax, name in zip(figure.subplots(len(names)), names):
-        rows = [row for row in history if name in row]
-        ax.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
-        ax.set(ylabel=name, xlabel="step")
+        ax.plot(*zip(*((row["step"], row[name]) for row in history if name in row)), marker=".")
+        ax.set_ylabel(name)
     figure.savefig(path)
 
 
 def save_in_turn(path, x, y, sample_rate):
     """Write sounds x and y (n, 1, N) as one wave file, x[0] y[0] x[1] y[1] ..., with pauses between."""
-    pairs = nn.functional.pad(torch.stack([x, y], 1), (0, sample_rate // 5))                 # (n, 2, 1, N + pause)
+    pairs = F.pad(torch.stack([x, y], 1), (0, sample_rate // 5))                 # (n, 2, 1, N + pause)
     aar.save_audio(path, pairs.reshape(1, -1), sample_rate)
 
 
@@ -402,57 +383,48 @@ def train(args, config, plan, device):
     torch.manual_seed(args.seed)
     sat, discriminators, optimizers, lr = build(config, device, args.init)
     data, held_back, key = sounds(args.data, config, args.seed)
-    run = Run(args, "sat", config, plan, {"sat": sat, "discriminators": discriminators} | optimizers, lr, sounds=key)
-    mel_loss, phase = MelLoss(config.sample_rate).to(device), None
+    parts = {"sat": sat, "discriminators": discriminators} | optimizers
+    state = start(args, "sat", config, plan, parts, lr, sounds=key)
+    mel_loss = MelLoss(config.sample_rate).to(device)
     quantize_at = 0 if args.init else round(plan.quantize_at * plan.steps)
     adversarial_at = round(plan.adversarial_at * plan.steps)
     heard = torch.stack([held_back[i] for i in range(min(8, len(held_back)))]).to(device)
-    loader = batches(data, plan.batch, range(run.start * plan.batch, plan.steps * plan.batch))
-    for step in run.steps():
+    loader = batches(data, plan.batch, range(state["step"] * plan.batch, plan.steps * plan.batch))
+
+    @functools.lru_cache(1)                                          # a CUDA graph for each phase, then for the next
+    def step_of_phase(*phase):
+        return aar.graphed(lambda x: train_step(sat, discriminators, optimizers, mel_loss, *phase, x))
+
+    def one_step(step):
         if step == quantize_at and not args.init:                    # k-means on V clips, each a vector of scale 1
             with torch.no_grad():
                 first = [sat.latents(x.to(device)) for x in batches(data, plan.batch, range(config.V))]
                 sat.quantizer.quantize(torch.cat(first), kmeans=True)
-        if (now := (step >= quantize_at, step >= adversarial_at)) != phase:          # one CUDA graph for each phase
-            phase = now
-            one_step = aar.graphed(lambda x: train_step(sat, discriminators, optimizers, mel_loss, *phase, x))
-        run.add(one_step(next(loader).to(device, non_blocking=True)))
-        if run.due:
-            run.write(**evaluate(sat, held_back) if phase[0] else {})
-        if run.due and phase[0]:                                     # before, the codebooks are random
-            save_in_turn(Path(args.out).with_suffix(".wav"), heard, sat.decode(sat.encode(heard)), config.sample_rate)
+        return step_of_phase(step >= quantize_at, step >= adversarial_at)(next(loader).to(device, non_blocking=True))
+
+    def report(step):
+        if step < quantize_at:                                       # the codebooks are random
+            return {}
+        save_in_turn(Path(args.out).with_suffix(".wav"), heard, sat.decode(sat.encode(heard)), config.sample_rate)
+        return evaluate(sat, held_back)
+    loop(args, plan, state, parts, lr, one_step, report)
 
 
 @torch.no_grad()
 def evaluate(sat, held_back):
-    """Reconstruct the held-back clips; returns numbers, and how many codes each scale uses."""
-    device, rows, tokens = next(sat.parameters()).device, [], []
+    """Reconstruct the held-back clips -> log-mel distance (dB), SI-SDR (dB), how many codes each scale uses."""
+    device, log_mel, si_sdr, tokens = next(sat.parameters()).device, [], [], []
     mel = Mel(sat.config.sample_rate, 1024, 80).to(device)
     for x in torch.utils.data.DataLoader(held_back, batch_size=16):
-        tokens.append(sat.encode(x.to(device)))
-        rows.append(distances(mel, x.to(device), sat.decode(tokens[-1])))
-    scores = dict(zip(("log_mel_dB", "si_sdr_dB"), torch.cat(rows).mean(0).tolist()))
-    return scores | {"used": [len(torch.cat(r_k).unique()) for r_k in zip(*tokens)]}
-
-
-def distances(mel, x, y):
-    """Sounds x, y (B, 1, N) -> (B, 2): log-mel distance (dB), SI-SDR (dB) of each clip."""
-    log_mel = (mel.dB(x) - mel.dB(y)).abs().mean((1, 2))
-    target = (x * y).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True).clamp(min=1e-8) * x
-    si_sdr = 10 * ((target.square().sum(-1) + 1e-8) / ((y - target).square().sum(-1) + 1e-8)).log10()
-    return torch.stack([log_mel, si_sdr.squeeze(1)], 1)
-
-
-def compare(args, device):
-    """Print a table with a row for each of args.eval."""
-    rows = ["| tokenizer | tokens/s | bit/s | log-mel dB | SI-SDR dB | used codes |", "| --- |" + " ---: |" * 5]
-    for path in args.eval:
-        sat = aar.load_sat(path, device)
-        config, seen = sat.config, evaluate(sat, sounds(args.data, sat.config, args.seed)[1])
-        rate = sum(config.scales) / config.seconds
-        rows.append(f"| {path} | {rate:.0f} | {rate * np.log2(config.V):.0f} | {seen['log_mel_dB']:.2f} | "
-                    f"{seen['si_sdr_dB']:.2f} | {np.mean(seen['used']) / config.V:.0%} |")
-    print("\n".join(rows))
+        x = x.to(device)
+        tokens.append(sat.encode(x))
+        y = sat.decode(tokens[-1])
+        cos2 = F.cosine_similarity(x, y, dim=-1).square().clamp(1e-8, 1 - 1e-6)
+        log_mel.append((mel.dB(x) - mel.dB(y)).abs().mean((1, 2)))
+        si_sdr.append(10 * (cos2 / (1 - cos2)).log10())
+    log_mel, si_sdr = (round(torch.cat(x).mean().item(), 3) for x in (log_mel, si_sdr))
+    used = [len(torch.cat(r_k).unique()) for r_k in zip(*tokens)]
+    return {"log_mel_dB": log_mel, "si_sdr_dB": si_sdr, "used": used}
 
 
 if __name__ == "__main__":
