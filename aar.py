@@ -86,7 +86,7 @@ class TrainConfig:
     crops: int = 6000                   # stage 2: windows tokenized before training (at most 20 per second of sound)
 
 
-Preset = namedtuple("Preset", "sat aar train_sat train_aar")          # sizes and plans of both stages
+Preset = namedtuple("Preset", "sat aar plan_sat plan_aar")             # sizes and plans of both stages
 PRESETS = {                             # for a CPU; for ten minutes of a GPU; the paper's sizes
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4), AARConfig(latent=32, V=256, depth=3),
                    TrainConfig(steps=3000, batch=12, lr=3e-3, adversarial_at=0.9),
@@ -118,7 +118,7 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
 
 
 @functools.cache
-@torch.inference_mode(False)            # it is kept: a later backward needs an ordinary tensor
+@torch.inference_mode(False)            # what is cached must serve a later backward, too
 def resampling(n, m, mode, device):
     """The matrix (n, m) that resamples n frames to m in `mode`: row i is what the unit vector e_i becomes."""
     return F.interpolate(torch.eye(n, device="cpu")[None], size=m, mode=mode)[0].to(device)
@@ -142,8 +142,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.randn(V, D))
         self.register_buffer("usage", torch.full((V,), 1 / V))       # moving average: fraction of vectors that chose it
-        self.register_buffer("sum", self.codes / V)                  # moving average of their sum: code = sum / usage
-        self.register_buffer("idle", torch.zeros(V))                 # vectors seen since one last chose it
+        self.register_buffer("sum", self.codes / V)                  # moving average of their sum / M: code * usage
 
     def nearest(self, z):
         """Vectors (..., D) -> tokens (...): argmin_v |z - code_v|^2, without |z|^2, which is the same for all v."""
@@ -153,20 +152,17 @@ class Codebook(nn.Module):
     def update(self, z, r, decay=0.99):
         """Move the codes towards the vectors z (M, D) that chose them, r (M,), and restart dead codes.
 
-        A code is dead if none of the last 20 V vectors of its scale chose it (by chance: e^-20). It restarts on a
-        random vector; `usage` and `sum` restart too, or the next update would pull the code back.
+        A code is dead if its usage is below 1% of uniform use. It restarts on a random vector; `usage` and `sum`
+        restart too, or the next update would pull the code back.
         """
         V, M = len(self.codes), len(z)
         chose = (r[:, None] == torch.arange(V, device=r.device)).to(z.dtype)         # (M, V), one-hot
-        hits = chose.sum(0)
-        self.usage.lerp_(hits / M, 1 - decay)
+        self.usage.lerp_(chose.mean(0), 1 - decay)
         self.sum.lerp_(chose.T @ z / M, 1 - decay)
-        self.idle.add_(M).masked_fill_(hits > 0, 0)
-        dead = (self.idle > 20 * V) | (self.usage == 0)              # usage is 0 in k-means only (decay 0)
+        dead = self.usage < 0.01 / V
         restart = z[torch.randint(M, (V,), device=z.device)]
         self.sum.copy_(torch.where(dead[:, None], restart / V, self.sum))
         self.usage.masked_fill_(dead, 1 / V)
-        self.idle.masked_fill_(dead, 0)
         self.codes.copy_(self.sum / self.usage[:, None])
 
     def kmeans(self, z, rounds=10):
@@ -174,7 +170,6 @@ class Codebook(nn.Module):
         self.codes.copy_(z[torch.randint(len(z), (len(self.codes),), device=z.device)])
         for _ in range(rounds):
             self.update(z, self.nearest(z), decay=0.0)
-        self.idle.zero_()
 
 
 class MSRQ(nn.Module):
@@ -246,10 +241,6 @@ def conv(c_in, c_out, kernel, stride=1, transposed=False, gain=1.0):
     fan_in = c_in * kernel / (stride if transposed else 1)           # only kernel / stride taps meet at one output
     # PyTorch's default lets the signal shrink until all sounds look alike to the quantizer; 1 / fan_in keeps its size.
     nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
-    if stride > 1:                                                   # not in the paper: starts as the bands of an MDCT
-        t, band = torch.arange(kernel) + 0.5, torch.arange(len(module.weight))[:, None] % stride + 0.5
-        bank = 2 * torch.cos(math.pi / stride * band * (t + stride / 2)) * torch.sin(math.pi * t / kernel)
-        module.weight.data = module.weight.data[:, :, :1] * bank[:, None]
     return weight_norm(module)
 
 
@@ -431,23 +422,22 @@ class Mel(nn.Module):
 
 
 class MelLoss(nn.Module):
-    """L1 + L2 distance of log10 mel spectrograms, summed over windows of 2^5 .. 2^11 samples."""
+    """L1 + L2 distance of log10 mel spectrograms, floor -80 dB, summed over windows of 2^5 .. 2^11 samples."""
 
     def __init__(self, sample_rate):
         super().__init__()
         self.mels = nn.ModuleList(Mel(sample_rate, 2 ** i, 5 * 2 ** i // 32) for i in range(5, 12))
 
     def forward(self, x, y):
-        # The added floor of -80 dB keeps the gradient of the logarithm small in silence.
-        pairs = [((mel(x) + 1e-4).log10(), (mel(y) + 1e-4).log10()) for mel in self.mels]
+        pairs = [((mel(x) + 1e-4).log10(), (mel(y) + 1e-4).log10()) for mel in self.mels]   # added: no steep gradients
         return sum(F.l1_loss(a, b) + F.mse_loss(a, b) for a, b in pairs)
 
 
 def wave_loss(x, y):
-    """Energy of x - y below 3 kHz, by means of 4 samples, relative to the energy of x; (B, 1, N). Not in the paper.
+    """Energy of x - y below 3 kHz (averages of 4 samples at 24 kHz) relative to that of x; (B, 1, N). Not in the paper.
 
-    Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Above 3 kHz, where phases cannot be
-    guessed, such a loss only makes noise too quiet. The added 1e-5 is -50 dB.
+    Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Above 3 kHz phases cannot be guessed:
+    there this loss would only make noise too quiet. The added 1e-5 is -50 dB.
     """
     error = F.avg_pool1d(x - y, 4)
     return (error.square().mean(-1) / (x.square().mean(-1) + 1e-5)).mean()
@@ -470,14 +460,13 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, n, C/H)
-        q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()
-        k = F.normalize(k, dim=-1)
+        q = (F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()).to(v.dtype)
+        k = F.normalize(k, dim=-1).to(v.dtype)                       # under autocast F.normalize returns float32
         if cache is not None:
             keys, values = cache
             keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
             k, v = keys[:, :, :at + n], values[:, :, :at + n]        # only blocks that may be seen, so no mask
-        # Under autocast F.normalize returns float32, v is bfloat16.
-        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=1.0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(x.transpose(1, 2).reshape(B, n, C))
 
 
@@ -573,9 +562,8 @@ class AAR(nn.Module):
     def generate(self, cond, sat, cfg=4.0, top_k=200, top_p=0.95, generator=None, ramp=True):
         """Condition (B, cond_dim) and the tokenizer -> list of K tensors of tokens (B, s_k). Defaults: the authors'.
 
-        Guidance: the logits are (1 + t_k) conditional - t_k unconditional. t_k grows from 0 to cfg (Fig. 4) or,
-        without `ramp`, is cfg at every scale. top_k, top_p: see `draw`. generator: on the model's device.
-        It computes in the dtype of the model's weights: model.bfloat16() is the fast way.
+        Guidance: the logits are (1 + t_k) conditional - t_k unconditional. t_k grows from 0 to cfg (Fig. 4) or, without
+        `ramp`, is cfg. top_k, top_p: see `draw`. It computes in the dtype of the weights: model.bfloat16() is faster.
         """
         config, B, dtype = self.config, len(cond), self.input.weight.dtype
         if cfg:
@@ -612,10 +600,9 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         p, order = logits.softmax(-1).sort(-1, descending=True)
         drop = p.cumsum(-1) - p >= max(top_p, 1e-9)                  # those before it hold enough
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    # argmax of p / Exp(1) is a draw from p; torch.multinomial would wait for the device.
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)         # back in the order of the codes
     noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    return (logits.softmax(-1) / noise).argmax(-1)                   # a draw, as by multinomial, that never waits
 
 
 # === Here the method ends. Below: precision, CUDA graphs, sound files, checkpoints ==================================
@@ -633,12 +620,12 @@ def fast_dtype(device, convolutions=False):
 
 
 def graphed(step, generator=None):
-    """`step`, from tensors to detached tensors, as one CUDA graph: one launch replays thousands of kernels.
+    """`step`, a function of tensors that returns detached tensors, as one CUDA graph of thousands of kernels.
 
     The first three calls run as they are, the fourth is captured; later ones replay and overwrite the last result.
     Without CUDA, for other shapes, or if the capture fails, it is `step` itself.
     """
-    static, calls, graph, out = [], 0, None, None
+    static, calls, graph, out = [], 0, None, None                    # graph: False after a capture that failed
 
     def call(*inputs):
         nonlocal calls, graph, out
@@ -648,25 +635,26 @@ def graphed(step, generator=None):
         for a, b in zip(static, inputs):
             a.copy_(b)
         calls += 1
-        if calls <= 3:                                               # captures want them on a stream of their own
-            torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):
-                out = step(*static)
-            torch.cuda.synchronize()
-            return out
-        if calls == 4:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                if generator is not None:
-                    graph.register_generator_state(generator)
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # the loader's threads may go on
+        with torch.cuda.device(inputs[0].device):
+            if calls <= 3:                                           # a capture wants them on a side stream
+                torch.cuda.synchronize()
+                with torch.cuda.stream(torch.cuda.Stream()):
                     out = step(*static)
-            except RuntimeError as e:
-                print(f"no CUDA graph ({str(e).splitlines()[0]}): each kernel is launched by itself", file=sys.stderr)
-                graph = False
-                return step(*inputs)
-        graph.replay()
-        return out
+                torch.cuda.synchronize()
+                return out
+            if calls == 4:
+                graph = torch.cuda.CUDAGraph()
+                try:
+                    if generator is not None:
+                        graph.register_generator_state(generator)
+                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):         # loaders may go on
+                        out = step(*static)
+                except RuntimeError as e:
+                    print(f"no CUDA graph ({str(e).splitlines()[0]}): kernels are launched one by one", file=sys.stderr)
+                    graph = False
+                    return step(*inputs)
+            graph.replay()
+            return out
     return call
 
 
@@ -712,13 +700,13 @@ def load(path, kind):
     """Checkpoint of `kind`, "sat" or "aar", ours or the authors', on the CPU; runs no code in it. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = {"sat": "generator_state_dict", "aar": "model_state_dict"}[kind] in state
-        seen = kind if theirs else state.get("kind", "something else")
+        theirs = {"generator_state_dict": "sat", "model_state_dict": "aar"}
+        seen = state.get("kind") or next((theirs[name] for name in theirs if name in state), "something else")
     except Exception as e:                                           # a damaged file can raise nearly anything
-        seen = "no such" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: not a whole"
-        raise UserError(f"{path}: {seen} checkpoint; make one with: python train_{kind}.py --out {path}")
+        what = "no such" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: not a whole"
+        raise UserError(f"{path}: {what} checkpoint; make one with: python train_{kind}.py --out {path}")
     if seen != kind:
-        raise UserError(f"{path}: a checkpoint of {seen}, wanted one of {kind}: are --sat and --aar swapped?")
+        raise UserError(f"{path}: a checkpoint of {seen}, wanted one of {kind}, which train_{kind}.py makes")
     return state
 
 
@@ -731,8 +719,8 @@ def fingerprint(model):
 def load_sat(path, device="cpu"):
     """Checkpoint of stage 1, ours or the authors' -> the tokenizer. Raises UserError if the file is none."""
     state = load(path, "sat")
-    theirs = state.get("generator_state_dict")
-    return (published(path, theirs) if theirs else ours(path, state, SAT, SATConfig)).to(device).eval()
+    tensors = state.get("generator_state_dict")
+    return (published(path, tensors) if tensors else ours(path, state, SAT, SATConfig)).to(device).eval()
 
 
 def load_aar(path, sat, device="cpu"):
@@ -740,7 +728,7 @@ def load_aar(path, sat, device="cpu"):
     state = load(path, "aar")
     if "model_state_dict" in state:
         model = published(path, state["model_state_dict"], sat.config)
-        model.embedder = {"kind": "clap", "published": True}         # what its condition is
+        model.embedder = {"kind": "clap", "published": True}         # which embedder made its conditions
     else:
         model, run = ours(path, state, AAR, AARConfig), state["run"]
         model.embedder = {"kind": run["embedder"], "fingerprint": run["clap"], "toys": run["sounds"] == "toys"}
@@ -775,20 +763,21 @@ THEIRS = [                              # our name -> the authors' name: regular
     (r"head_adaln", "head_nm.ada_lin"), (r"adaln", "ada_lin")]
 
 
-def published(path, state, sat=None):
-    """The authors' tensors {name: tensor} as a SAT or, for a tokenizer of SATConfig `sat`, an AAR. Raises UserError."""
-    theirs = {name.removeprefix("module."): x for name, x in state.items()}
+def published(path, tensors, sat_config=None):
+    """The authors' tensors {name: tensor} as a SAT or, for a tokenizer of `sat_config`, as an AAR. Raises UserError."""
+    theirs = {name.removeprefix("module."): x for name, x in tensors.items()}
     try:
-        if sat is None:
+        if sat_config is None:
             V, D = theirs["quantizer.vq.layers.0._codebook.embed"].shape
             model = SAT(SATConfig(V=V, latent=D))
         else:
-            model = AAR(AARConfig(sat.scales, sat.latent, sat.V, depth=len(theirs["word_embed.bias"]) // 64))
-        state = {name: x for name, x in model.state_dict().items() if not name.endswith((".usage", ".sum", ".idle"))}
+            depth = len(theirs["word_embed.bias"]) // 64
+            model = AAR(AARConfig(sat_config.scales, sat_config.latent, sat_config.V, depth))
+        state = {name: x for name, x in model.state_dict().items() if not name.endswith((".usage", ".sum"))}
         for name, own in state.items():
-            x = theirs[functools.reduce(lambda name, rule: re.sub(*rule, name), THEIRS, name)]
+            x = theirs[functools.reduce(lambda text, rule: re.sub(*rule, text), THEIRS, name)]
             state[name] = x.reshape(own.shape) if x.numel() == own.numel() else x
-        if sat is not None:
+        if sat_config is not None:
             state["position"] = torch.cat([state["position"][:1] + theirs["pos_start"][0], state["position"][1:]])
         elif len(state["encoder.15.bias"]) != D:
             # Latents of another size than the codec's: the Linear layers fold into the convolutions beside them.

@@ -86,7 +86,8 @@ def main(argv=None):
 
     def variations(cond, n):
         """n pairs (sound, note). With our weights the n most similar of 4 n sounds, the best first."""
-        cond = cond.expand(n if theirs or embedder is None else 4 * n, -1)
+        tries = n if theirs or embedder is None else 4 * n
+        cond = cond.expand(tries, -1)
         y = torch.cat([make(part.to(device)).cpu() for part in cond.split(16)])      # 16 at a time fit any memory
         if embedder is None:
             return [(x, "") for x in y]
@@ -142,7 +143,7 @@ def toys(args, sat, embedder, variations, page, what):
     def statistics(wav):
         c = mfcc(y=wav.squeeze(0).numpy(), sr=rate, n_mfcc=13)       # no training uses this embedding
         return np.concatenate([c.mean(1), c.std(1)])
-    fresh = train_sat.Toys(sat.config, seed=1000 + args.seed)
+    fresh = train_sat.Toys(sat.config, seed=train_sat.HELD_BACK + 1 + args.seed)
     known = np.stack([statistics(fresh[i]) for i in range(10, 210)])
     for i, kind in enumerate(kinds):
         (y, _), = variations(embedder(fresh[i][None].to(next(sat.parameters()).device))[0], 1)
@@ -159,9 +160,10 @@ def compare_folders(args, device):
     """Print the Frechet distance of two folders, 1 s of each sound, and of two halves of the reference."""
     embedder = train_aar.build_embedder("clap" if args.clap else "mel", 24000, args.clap).to(device)
     embeddings = []
-    for folder in args.fad:                                          # our own references do not count as made
-        files = [file for file in train_sat.find_sounds(folder) if ".reference" not in file[1].suffixes]
-        data = train_sat.Windows(files, aar.SATConfig(), args.seed)
+    for folder in args.fad:
+        files = train_sat.find_sounds(folder)
+        made = [file for file in files if ".reference" not in file[1].suffixes]      # not what variations are of
+        data = train_sat.Windows(made or files, aar.SATConfig(), args.seed)
         embeddings.append(torch.cat([embedder(data[i][None].to(device)).cpu() for i in range(len(data))]))
     reference, made = embeddings
     print(f"Frechet distance {train_aar.frechet(made, reference):.3f}: {len(made)} sounds against {len(reference)}")
@@ -184,25 +186,25 @@ def bench(preset, device):
         print(f"| {what} | {B} | {ms:.1f} | {ms / B:.2f} | {calls} | {ms / calls:.2f} | {peak:.1f} |", flush=True)
         return ms
 
-    def generation(what, config, batch=1):
+    def generation(what, config, cond):
         sat = aar.SAT(config).to(device)
         model = aar.AAR(replace(preset.aar, scales=config.scales, next_token=what == "next-token")).eval()
         model.to(device, aar.fast_dtype(device))
-        return measure(what, lambda cond: sat.decode(model.generate(cond, sat, **train_aar.SAMPLING)), cond[:batch],
+        return measure(what, lambda cond: sat.decode(model.generate(cond, sat, **train_aar.SAMPLING)), cond,
                        calls=sum(map(len, model.blocks_of)))
 
     sat, discriminators, optimizers, _ = train_sat.build(config, device)
-    wav = 0.1 * torch.randn(preset.train_sat.batch, 1, config.samples, device=device)
-    cond = torch.randn(preset.train_aar.batch, preset.aar.cond_dim, device=device)
+    wav = 0.1 * torch.randn(preset.plan_sat.batch, 1, config.samples, device=device)
+    cond = torch.randn(preset.plan_aar.batch, preset.aar.cond_dim, device=device)
     measure("encode", sat.encode, wav[:1])
     measure("decode", lambda *r: sat.decode(r), *sat.encode(wav[:1]))
-    generation("next-scale", config, len(cond))
-    by_scale = generation("next-scale", config)                      # Fig. 3: against residual VQ, 750 tokens a second
-    by_token = generation("next-token", replace(config, schedule="flat", n_scales=10, phis=0))
+    generation("next-scale", config, cond)
+    by_scale = generation("next-scale", config, cond[:1])            # Fig. 3: against residual VQ, 750 tokens a second
+    by_token = generation("next-token", replace(config, schedule="flat", n_scales=10, phis=0), cond[:1])
     print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | | | | |")
     parts = sat, discriminators, optimizers, aar.MelLoss(config.sample_rate).to(device)
     for what, adversarial in (("step of stage 1", False), ("step of stage 1, discriminators", True)):
-        measure(what, lambda x: train_sat.train_step(*parts, True, adversarial, x), wav)
+        measure(what, lambda x: train_sat.train_step(*parts, quantize=True, adversarial=adversarial, x=x), wav)
     model, optimizers, _ = train_aar.build(preset.aar, sat, device)
     r = torch.randint(config.V, (len(cond), sum(config.scales)), device=device)
     measure("step of stage 2", lambda r, cond: train_aar.train_step(model, sat, optimizers, r, cond), r, cond)

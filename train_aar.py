@@ -21,8 +21,7 @@ import aar
 import train_sat
 from aar import AAR, UserError
 
-# How to draw from a generator of ours. Guidance at all scales follows the reference better than the paper's ramp.
-SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}
+SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}        # for our generators: a ramp follows less well
 
 
 def arguments(argv=None):
@@ -48,8 +47,9 @@ def main(argv=None):
         model = aar.load_aar(args.init, sat)
         config, kind = model.config, model.embedder["kind"]
         if kind != args.embedder or args.next_token != config.next_token:
-            raise UserError(f"{args.init} needs --embedder {kind}{' --next-token' * config.next_token}")
-    train(args, sat, embedder, config, preset.train_aar, device)
+            how = f"--embedder {kind}, {'with' if config.next_token else 'without'} --next-token"
+            raise UserError(f"{args.init} was trained {how}: do the same")
+    train(args, sat, embedder, config, preset.plan_aar, device)
 
 
 # --- The condition: what the generator is told about the sound ---------------------------------------------------
@@ -62,7 +62,7 @@ class MelEmbedder(nn.Module):
         self.mel = aar.Mel(sample_rate, 1024, 64)
         i = torch.arange(32)[:, None]
         dct = torch.cos(i * (torch.arange(64) + 0.5) * np.pi / 64)                      # (32, 64)
-        self.register_buffer("over_time", dct[:14].T / 64)           # saved: the fingerprint changes with it
+        self.register_buffer("over_time", dct[:14].T / 64)           # in the state, so that fingerprints tell it
         self.register_buffer("over_mels", dct * (i + 1).sqrt())      # to cepstra, the higher ones lifted
 
     @torch.no_grad()
@@ -71,16 +71,13 @@ class MelEmbedder(nn.Module):
         c = self.over_mels @ (x - x.mean((1, 2), keepdim=True))      # (B, 32, frames)
         course = F.interpolate(c, size=64, mode="linear") @ self.over_time     # (B, 32, 14): how each changes
         spread = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
-        return F.normalize(torch.cat([course, spread], 2).flatten(1), dim=-1)
-
-
-GET_CLAP = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
+        return F.normalize(torch.cat([course, spread], 2).flatten(1), dim=-1)  # 32 x (14 + 2) = 512
 
 
 def laion_clap(size):
     """laion-clap's audio transformer with random weights; size "tiny" or "base"."""
     if (spec := importlib.util.find_spec("laion_clap")) is None:
-        raise UserError("laion_clap is not installed: see README.md")
+        raise ImportError("laion_clap is not installed: see README.md")
     folder = Path(spec.origin).parent / "clap_module"
     # `import laion_clap` asks the network for tokenizers, for minutes: import its audio file below an empty package,
     # with stand-ins for the two helpers whose file imports h5py and torchvision; they touch no embedding.
@@ -97,8 +94,9 @@ def projection(width):
 
 class CLAP(nn.Module):
     """Frozen laion-clap (arXiv 2211.06687) from a file: sounds and sentences that fit get close vectors."""
+    where = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
 
-    @torch.random.fork_rng(devices=[])                               # its random first weights must not move the seed
+    @torch.random.fork_rng(devices=[])                               # weights that get loaded must not move the seed
     def __init__(self, path, sample_rate):
         super().__init__()
         self.path, self.sample_rate = Path(path), sample_rate
@@ -114,7 +112,7 @@ class CLAP(nn.Module):
             self.audio_branch = self.part("audio_branch", laion_clap("tiny" if width == 96 else "base"))
             self.audio_projection = self.part("audio_projection", projection(8 * width))
         except Exception as e:                                       # a broken file can raise nearly anything
-            raise UserError(f"--clap {path}: no CLAP that fits ({type(e).__name__}: {str(e)[:80]}); {GET_CLAP}")
+            raise UserError(f"--clap {path}: no CLAP that fits ({type(e).__name__}: {str(e)[:80]}); {self.where}")
 
     def part(self, name, module):
         """The module with the tensors `name`.*, frozen."""
@@ -150,7 +148,7 @@ class CLAP(nn.Module):
                 intermediate_size=4 * width, max_position_embeddings=514, layer_norm_eps=1e-5))).to(device)
             project = self.part("text_projection", projection(width)).to(device)
         except (KeyError, RuntimeError):
-            raise UserError(f"--clap {self.path}: has no whole text half; {GET_CLAP}")
+            raise UserError(f"--clap {self.path}: has no whole text half; {self.where}")
         tokens = tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(device)
         return F.normalize(project(branch(tokens.input_ids, tokens.attention_mask).pooler_output), dim=-1)
 
@@ -158,7 +156,7 @@ class CLAP(nn.Module):
 def build_embedder(kind, sample_rate, clap=None, trained_with=None):
     """The embedder "mel" or "clap". Raises UserError if it is not the one that a generator was `trained_with`."""
     if kind == "clap" and clap is None:
-        raise UserError(f"the embedder clap needs a checkpoint: {GET_CLAP}")
+        raise UserError(f"the embedder clap needs a checkpoint: {CLAP.where}")
     embedder = CLAP(clap, sample_rate) if kind == "clap" else MelEmbedder(sample_rate)
     if trained_with not in (None, aar.fingerprint(embedder)):
         raise UserError(f"the generator was trained with another {kind}: give the same --clap, or train it anew")
@@ -176,7 +174,7 @@ def tokenize(sat, embedder, data, n):
     return torch.cat(tokens), torch.cat(cond)
 
 
-def losses(model, sat, r, cond):
+def teacher_forced(model, sat, r, cond):
     """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token, whether it is the likeliest; both (B, L)."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
@@ -188,7 +186,7 @@ def losses(model, sat, r, cond):
 def train_step(model, sat, optimizers, r, cond):
     """One step on tokens r (B, L) and conditions (B, cond_dim); returns the losses, {name: tensor}."""
     model.zero_grad()
-    loss = losses(model, sat, r, cond)[0]
+    loss, _ = teacher_forced(model, sat, r, cond)
     # The few coarse tokens decide what the sound is: a token of scale k weighs 1 / sqrt(s_k).
     weight = torch.cat([loss.new_full((s,), s ** -0.5) for s in model.config.scales])
     (loss * weight / weight.mean()).mean().backward()
@@ -244,12 +242,10 @@ def train(args, sat, embedder, config, plan, device):
 def validate(model, sat, tokens, cond):
     """Teacher-forced on held-back clips: mean loss; per scale the loss and how often the likeliest code is right."""
     device = next(model.parameters()).device
-    parts = [losses(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))]
+    parts = [teacher_forced(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))]
     loss, right = (torch.cat(part).float().mean(0) for part in zip(*parts))                  # (L,)
-    scores = {"held_back": loss.mean().item()}
-    for name, x in (("per_scale", loss), ("accuracy", right)):
-        scores[name] = [round(part.mean().item(), 3) for part in x.split(model.config.scales)]
-    return scores
+    of_scales = [[round(part.mean().item(), 3) for part in x.split(model.config.scales)] for x in (loss, right)]
+    return {"held_back": round(loss.mean().item(), 3), "per_scale": of_scales[0], "accuracy": of_scales[1]}
 
 
 # --- Measures of a generator -------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ WEIGHTS = {"time": 0.1, "wave": 5.0, "mel": 1.0, "vq": 1.0, "adversarial": 3.0, 
 SUFFIXES = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split()
 TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz", "clicks")
 HELD_BACK = 2 ** 31                     # seed of the windows of held-back clips: the same for every --seed
-BOUNDS = {"steps": (1, 1e9), "batch": (1, 1e6), "lr": (1e-9, 1), "seed": (0, 2 ** 31 - 1), "adversarial_at": (0, 1),
-          "seconds": (0.25, 60), "phis": (0, 16), "rvq": (1, 100), "n": (1, 1e6), "scales": (1, 1e6), "cfg": (0, 100),
-          "top_k": (0, 1e6), "top_p": (1e-9, 1)}                     # what the numbers of all command lines may be
+BOUNDS = {"steps": (1, 10 ** 9), "batch": (1, 10 ** 6), "lr": (1e-9, 1), "seed": (0, HELD_BACK - 1), "phis": (0, 16),
+          "seconds": (0.25, 60), "rvq": (1, 100), "adversarial_at": (0, 1), "n": (1, 10 ** 6), "scales": (1, 100),
+          "cfg": (0, 100), "top_k": (0, 10 ** 6), "top_p": (1e-9, 1)}          # of the numbers of all command lines
 
 
 def common_arguments(description, out):
@@ -69,19 +69,21 @@ def main(argv=None):
             print(path, evaluate(sat, sounds(args.data, sat.config, args.seed)[1]))
         return
     config = preset.sat
+    if args.init and {args.seconds, args.rvq, args.schedule, args.phis} != {None}:
+        raise UserError(f"{args.init} has its own sizes: leave out --seconds, --rvq, --schedule and --phis")
+    if args.rvq and {args.schedule, args.phis} != {None}:
+        raise UserError("--rvq has flat scales and no phi: leave out --schedule and --phis")
     if args.rvq:
         config = replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    if args.init and {args.seconds, args.schedule, args.rvq, args.phis} != {None}:
-        raise UserError(f"{args.init} has its own sizes: leave out --seconds, --schedule, --rvq and --phis")
-    train(args, aar.load_sat(args.init).config if args.init else config, preset.train_sat, device)
+    train(args, aar.load_sat(args.init).config if args.init else config, preset.plan_sat, device)
 
 
 def begin(args):
-    """The device, and the preset with what the command line changes. Raises UserError for what cannot be."""
+    """The device, and the preset, whose fields the command line's options of the same name change. Raises UserError."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name, (low, high) in BOUNDS.items():
         if name in given and not (low <= np.min(given[name]) and np.max(given[name]) <= high):
-            raise UserError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, got {given[name]}")
+            raise UserError(f"{name.replace('_', '-')} must be {low} to {high}, got {given[name]}")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(args.device or best)
@@ -90,6 +92,7 @@ def begin(args):
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
     name = args.preset or ("base" if device.type == "cuda" else "tiny")
     print(f"device {device}, preset {name}" + (": about 10 + 16 hours on an H100" if name == "paper" else ""))
+    given.pop("scales", None)                                        # sample.py's means something else
     changed = (replace(part, **{k: given[k] for k in vars(part) if k in given}) for part in PRESETS[name])
     return device, aar.Preset(*changed)
 
@@ -102,9 +105,12 @@ def run(main):
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as e:
         message = " ".join(str(e).rpartition("UserError: ")[2].split())              # without a worker's traceback
-        if isinstance(e, RuntimeError) and not any(word in message for word in ("memory", "write")):
-            raise
-    print("error:", message[:400] + " (a smaller --batch needs less)" * ("memory" in message), file=sys.stderr)
+        if isinstance(e, RuntimeError):
+            known = ("out of memory", "allocate memory", "shared memory", "failed writing")
+            if not any(words in message for words in known):
+                raise
+            message = f"{message[:200]} (less memory: a smaller --batch)"
+    print("error:", message, file=sys.stderr)
     sys.exit(2)
 
 
@@ -112,28 +118,27 @@ def run(main):
 
 def find_sounds(folder):
     """Sound files below a folder, links followed -> [(hash of the path in it, path, seconds)], sorted."""
-    paths, good, seen = [], [], set()
+    paths, found, seen = [], [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:                 # a link to a folder that was visited
             folders[:], names = [], []
         seen.add(real)
         paths += [Path(root, name) for name in names]
-    sounds = [path for path in paths if path.suffix.lower() in SUFFIXES]
-    for path in sounds:
+    audio = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    for path in audio:
         try:
             seconds = soundfile.info(path).duration if path.is_file() else 0
         except (OSError, RuntimeError, ValueError):
             seconds = 0
         if seconds:
-            good.append((zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())), path, seconds))
+            found.append((zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())), path, seconds))
         else:
             print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
-    bad, others = len(sounds) - len(good), len(paths) - len(sounds)
-    found = f"{folder}: {len(good)} readable sounds, {bad} unreadable, {others} files of other kinds"
-    if bad >= len(good):
-        raise UserError(f"{found}; give a folder of {' '.join(SUFFIXES)}")
-    print(found)
-    return sorted(good)
+    print(f"{folder}: {len(found)} readable sounds, {len(audio) - len(found)} unreadable, "
+          f"{len(paths) - len(audio)} files of other kinds")
+    if not found:
+        raise UserError(f"{folder}: no sounds; give a folder of {' '.join(SUFFIXES)}")
+    return sorted(found)
 
 
 class Windows:
@@ -152,13 +157,13 @@ class Windows:
     def __getitem__(self, i):
         rng, gain = np.random.default_rng((self.seed, i)), 1.0
         rate, samples = self.config.sample_rate, self.config.samples
-        if self.augment:
+        if self.augment:                                             # read at another rate it is higher or lower
             rate, gain = rate * 2 ** (rng.uniform(-2, 2) / 12), 10 ** (rng.uniform(-6, 6) / 20)
         seconds = samples / rate
         for _, path, length in (self.files[j % len(self)] for j in range(i, i + len(self))):
             wavs = []
             try:
-                while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # an offset is silent
+                while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # std: offsets are silent
                     wavs.append(aar.load_audio(path, rate, rng.uniform(0, max(0.0, length - seconds)), seconds))
                 wav = max(wavs, key=lambda wav: wav.std(correction=0))
                 wav = wav * min(gain, 1 / (wav.abs().max().item() + 1e-9))
@@ -198,11 +203,11 @@ class Toys(Windows):
 
 
 def sounds(folder, config, seed=0):
-    """(Training set, held-back set: 5% of the files by hash, 1 to 256, a key that changes when the sounds do)."""
+    """(Training set; held-back set: 5% of the files by hash, 2 to 256; a key that changes when the sounds do)."""
     if folder is None:
         return Toys(config, seed), Toys(config, HELD_BACK), "toys"
     files = find_sounds(folder)
-    n = max(1, min(sum(h < 2 ** 32 // 20 for h, _, _ in files), len(files) - 1))
+    n = min(max(2, sum(h < 2 ** 32 // 20 for h, _, _ in files)), max(1, len(files) - 1))
     if len(files) == 1:
         print("a single sound: it is trained on and held back as well")
     seen = [(h, zlib.crc32(np.fromfile(path, np.uint8, 65536), path.stat().st_size)) for h, path, _ in files]
@@ -212,18 +217,19 @@ def sounds(folder, config, seed=0):
 
 def batches(data, batch, items):
     """Batches (B, 1, N) of data[i] for i in `items`, decoded ahead in other processes."""
-    return iter(torch.utils.data.DataLoader(data, batch, sampler=items, num_workers=max(1, min(4, os.cpu_count() // 2)),
-                                            prefetch_factor=4, pin_memory=torch.cuda.is_available()))
+    ask = signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C must not end those
+    workers, cuda = max(1, min(4, os.cpu_count() // 2)), torch.cuda.is_available()
+    loader = iter(torch.utils.data.DataLoader(data, batch, None, items, num_workers=workers, pin_memory=cuda))
+    signal.signal(signal.SIGINT, ask)
+    return loader
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
 
 def learning_rate(step, plan):
     """Linear warm-up, then a cosine down to 1%."""
-    warm_up = round(plan.warm_up * plan.steps)
-    if step < warm_up:
-        return plan.lr * (step + 1) / warm_up
-    return plan.lr * (0.505 + 0.495 * np.cos(np.pi * (step - warm_up) / (plan.steps - warm_up)))
+    n = round(plan.warm_up * plan.steps)
+    return plan.lr * ((step + 1) / n if step < n else 0.505 + 0.495 * np.cos(np.pi * (step - n) / (plan.steps - n)))
 
 
 def orthogonal(G, rounds=5):
@@ -239,7 +245,7 @@ def orthogonal(G, rounds=5):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): orthogonal steps, so that all directions of a weight matrix learn equally fast.
 
-    A weight is a matrix (first dimension, the rest). The factor makes a step as long as one of AdamW.
+    A weight is a matrix (first dimension, the rest).
     """
 
     def __init__(self, weights, lr, momentum=0.95):
@@ -253,7 +259,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[w]["momentum"] = torch.zeros_like(w)
                 m = self.state[w]["momentum"].lerp_(w.grad, 1 - group["momentum"])
                 update = orthogonal(w.grad.lerp(m, group["momentum"]).flatten(1))            # Nesterov's
-                w.sub_(0.2 * max(update.shape) ** 0.5 * group["lr"] * update.view_as(w))
+                w.sub_(0.2 * max(update.shape) ** 0.5 * group["lr"] * update.view_as(w))     # as long as AdamW's steps
 
 
 def adamw(params, lr, betas):
@@ -267,15 +273,15 @@ def build(config, device, init=None):
     discriminators = Discriminators(config.disc_width).to(device, memory_format=torch.channels_last)   # twice as fast
     lr = torch.zeros((), device=device)
     learned = [p for p in sat.parameters() if p.requires_grad]
-    # Muon: not weight norm's gains, (c, 1, 1), and not the LSTMs, whose large matrices would be slow.
+    # Muon takes no gains of weight norm, (c, 1, 1), and no LSTMs, whose large matrices would be slow.
     kernels = [p for p in learned if p.ndim == 3 and p.numel() > len(p)]
-    rest = [p for p in learned if p.ndim < 3 or p.numel() == len(p)]
+    rest = [p for p in learned if all(p is not kernel for kernel in kernels)]
     return sat, discriminators, {"muon": Muon(kernels, lr), "adamw": adamw(rest, lr, (0.8, 0.99)),
                                  "d_adamw": adamw(discriminators.parameters(), lr, (0.8, 0.99))}, lr
 
 
 def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial, x):
-    """One step on sounds x (B, 1, N); returns the losses, {name: tensor}. Reads nothing from the device."""
+    """One step on sounds x (B, 1, N); returns the losses, {name: tensor}. Never waits for the device."""
     fast = aar.autocast(x.device, aar.fast_dtype(x.device, convolutions=True))
     sat.zero_grad()
     discriminators.zero_grad()
@@ -349,11 +355,11 @@ def loop(args, plan, state, parts, lr, one_step, report):
         if due:
             means = {name: np.mean([row[name] for row in rows if name in row]) for name in rows[-1]}
             row = {"step": done, "s_per_step": seconds / len(rows)} | means | report(step)
-            state["history"].append({name: np.round(value, 4).tolist() for name, value in row.items()})
+            state["history"].append({name: np.round(value, 3).tolist() for name, value in row.items()})
             bar.write(str(state["history"][-1]))
             draw_curves(Path(args.out).with_suffix(".png"), state["history"])
             rows, seconds = [], 0.0
-        if due or not pending and time.time() > saved + 600:
+        if due or (not pending and time.time() > saved + 600):       # no pending losses: all are finite
             saved, state["parts"] = time.time(), {name: part.state_dict() for name, part in parts.items()}
             aar.save(args.out, state | {"step": done})
         if due and stop:
@@ -391,12 +397,12 @@ def train(args, config, plan, device):
     heard = torch.stack([held_back[i] for i in range(min(8, len(held_back)))]).to(device)
     loader = batches(data, plan.batch, range(state["step"] * plan.batch, plan.steps * plan.batch))
 
-    @functools.lru_cache(1)                                          # a CUDA graph for each phase, then for the next
-    def step_of_phase(*phase):
-        return aar.graphed(lambda x: train_step(sat, discriminators, optimizers, mel_loss, *phase, x))
+    @functools.lru_cache(1)                                          # a new phase frees the CUDA graph of the last
+    def step_of_phase(quantize, adversarial):
+        return aar.graphed(lambda x: train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial, x))
 
     def one_step(step):
-        if step == quantize_at and not args.init:                    # k-means on V clips, each a vector of scale 1
+        if step == quantize_at and not args.init:                    # k-means on V clips: V vectors at scale 1
             with torch.no_grad():
                 first = [sat.latents(x.to(device)) for x in batches(data, plan.batch, range(config.V))]
                 sat.quantizer.quantize(torch.cat(first), kmeans=True)
