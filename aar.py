@@ -629,13 +629,14 @@ def graphed(step, generator=None):
 
     def call(*inputs):
         nonlocal calls, graph, out
-        static[:] = static or [x.clone() for x in inputs]
-        if graph is False or not inputs[0].is_cuda or [x.shape for x in static] != [x.shape for x in inputs]:
+        static[:], device = static or [x.clone() for x in inputs], inputs[0].device
+        if graph is False or device.type != "cuda" or [x.shape for x in static] != [x.shape for x in inputs]:
             return step(*inputs)
         for a, b in zip(static, inputs):
             a.copy_(b)
         calls += 1
-        with torch.cuda.device(inputs[0].device):
+        random = generator or torch.cuda.default_generators[device.index]
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             if calls <= 3:                                           # a capture wants them on a side stream
                 torch.cuda.synchronize()
                 with torch.cuda.stream(torch.cuda.Stream()):
@@ -643,18 +644,20 @@ def graphed(step, generator=None):
                 torch.cuda.synchronize()
                 return out
             if calls == 4:
-                graph = torch.cuda.CUDAGraph()
+                graph, state = torch.cuda.CUDAGraph(), random.get_state()
                 try:
-                    if generator is not None:
-                        graph.register_generator_state(generator)
+                    graph.register_generator_state(random)
                     with torch.cuda.graph(graph, capture_error_mode="thread_local"):         # loaders may go on
                         out = step(*static)
                 except RuntimeError as e:
                     print(f"no CUDA graph ({str(e).splitlines()[0]}): kernels are launched one by one", file=sys.stderr)
-                    graph = False
-                    return step(*inputs)
-            graph.replay()
-            return out
+                    graph = False                                    # and free the random numbers from the capture:
+                    random.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+                    random.set_state(state)
+        if graph is False:
+            return step(*inputs)
+        graph.replay()
+        return out
     return call
 
 
@@ -763,21 +766,20 @@ THEIRS = [                              # our name -> the authors' name: regular
     (r"head_adaln", "head_nm.ada_lin"), (r"adaln", "ada_lin")]
 
 
-def published(path, tensors, sat_config=None):
-    """The authors' tensors {name: tensor} as a SAT or, for a tokenizer of `sat_config`, as an AAR. Raises UserError."""
+def published(path, tensors, tokenizer=None):
+    """The authors' tensors {name: tensor} as a SAT or, for a SATConfig `tokenizer`, as an AAR. Raises UserError."""
     theirs = {name.removeprefix("module."): x for name, x in tensors.items()}
     try:
-        if sat_config is None:
+        if tokenizer is None:
             V, D = theirs["quantizer.vq.layers.0._codebook.embed"].shape
             model = SAT(SATConfig(V=V, latent=D))
         else:
-            depth = len(theirs["word_embed.bias"]) // 64
-            model = AAR(AARConfig(sat_config.scales, sat_config.latent, sat_config.V, depth))
+            model = AAR(AARConfig(tokenizer.scales, tokenizer.latent, tokenizer.V, len(theirs["head.weight"].T) // 64))
         state = {name: x for name, x in model.state_dict().items() if not name.endswith((".usage", ".sum"))}
         for name, own in state.items():
             x = theirs[functools.reduce(lambda text, rule: re.sub(*rule, text), THEIRS, name)]
             state[name] = x.reshape(own.shape) if x.numel() == own.numel() else x
-        if sat_config is not None:
+        if tokenizer is not None:
             state["position"] = torch.cat([state["position"][:1] + theirs["pos_start"][0], state["position"][1:]])
         elif len(state["encoder.15.bias"]) != D:
             # Latents of another size than the codec's: the Linear layers fold into the convolutions beside them.

@@ -1265,7 +1265,7 @@ def test_scripts_run_as_a_user_runs_them(trained, wav_folder, tmp_path):
         assert done.returncode == (2 if "absent.pt" in args else 0), done.stdout + done.stderr
     assert re.fullmatch("error: absent.pt: no such checkpoint.*\n", done.stderr)
     assert (tmp_path / "samples/700.variation-1.wav").exists()
-    for stage in SCRIPTS:                                             # two held-back clips, what becomes of them; curves
+    for stage in SCRIPTS:                                             # held-back clips, what becomes of them; curves
         assert len(soundfile.read(tmp_path / f"{stage}.wav")[0]) == 4 * (1600 + 1600)
         assert min(PIL.Image.open(tmp_path / f"{stage}.png").size) > 100
 
