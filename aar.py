@@ -625,10 +625,10 @@ def graphed(step, generator=None):
     The first three calls run as they are, the fourth is captured; later ones replay and overwrite the last result.
     Without CUDA, for other shapes, or if the capture fails, it is `step` itself.
     """
-    static, calls, graph, out = [], 0, None, None                    # graph: False after a capture that failed
+    static, calls, side, graph, out = [], 0, None, None, None        # graph: False after a capture that failed
 
     def call(*inputs):
-        nonlocal calls, graph, out
+        nonlocal calls, side, graph, out
         static[:], device = static or [x.clone() for x in inputs], inputs[0].device
         if graph is False or device.type != "cuda" or [x.shape for x in static] != [x.shape for x in inputs]:
             return step(*inputs)
@@ -639,14 +639,14 @@ def graphed(step, generator=None):
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             if calls <= 3:                                           # a capture wants them on a side stream
                 torch.cuda.synchronize()
-                with torch.cuda.stream(torch.cuda.Stream()):
+                with torch.cuda.stream(side := side or torch.cuda.Stream()):
                     out = step(*static)
                 torch.cuda.synchronize()
                 return out
             if calls == 4:
                 graph, state = torch.cuda.CUDAGraph(), random.get_state()
                 try:
-                    graph.register_generator_state(random)
+                    getattr(graph, "register_generator_state", lambda _: None)(random)     # newer ones need no call
                     with torch.cuda.graph(graph, capture_error_mode="thread_local"):         # loaders may go on
                         out = step(*static)
                 except RuntimeError as e:

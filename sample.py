@@ -167,7 +167,8 @@ def compare_folders(args, device):
         embeddings.append(torch.cat([embedder(data[i][None].to(device)).cpu() for i in range(len(data))]))
     reference, made = embeddings
     print(f"Frechet distance {train_aar.frechet(made, reference):.3f}: {len(made)} sounds against {len(reference)}")
-    print(f"Frechet distance {train_aar.frechet(reference[::2], reference[1::2]):.3f}: two halves of the reference")
+    if len(reference) > 3:
+        print(f"Frechet distance {train_aar.frechet(reference[::2], reference[1::2]):.3f}: two halves of the reference")
 
 
 def bench(preset, device):
@@ -178,7 +179,8 @@ def bench(preset, device):
     print("| what | batch | ms | ms per clip | calls | ms per call | GB of the GPU |\n| --- |" + " ---: |" * 6)
 
     def measure(what, step, *inputs, calls=1):
-        timer = Timer("step(*inputs)", globals={"step": aar.graphed(step), "inputs": inputs})
+        work = {"step": aar.graphed(step), "inputs": inputs}
+        timer = Timer("step(*inputs)", globals=work, num_threads=torch.get_num_threads())
         torch.cuda.reset_peak_memory_stats() if cuda else None
         timer.timeit(2)                                              # four calls: three to warm up, then the capture
         ms, B = 1000 * timer.blocked_autorange().median, len(inputs[0])

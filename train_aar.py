@@ -27,7 +27,7 @@ SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}        # for ou
 def arguments(argv=None):
     p = train_sat.common_arguments(__doc__, "aar.pt")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1, ours or the authors' (default: sat.pt)")
-    p.add_argument("--embedder", choices=["mel", "clap"], default="mel", help="what makes the condition (default: mel)")
+    p.add_argument("--embedder", choices=["mel", "clap"], help="what makes the condition (default: clap with --clap)")
     p.add_argument("--clap", metavar="FILE", help="checkpoint of laion-clap, for --embedder clap")
     p.add_argument("--next-token", action="store_true", help="the baseline: one token per step")
     p.add_argument("--eval", metavar="FILE", help="train nothing; measure on the held-back clips")
@@ -41,27 +41,26 @@ def main(argv=None):
     if args.eval:
         return evaluate(args, device)
     sat = aar.load_sat(args.sat, device)
-    embedder = build_embedder(args.embedder, sat.config.sample_rate, args.clap).to(device)
+    kind = args.embedder or ("clap" if args.clap else "mel")
+    embedder = build_embedder(kind, sat.config.sample_rate, args.clap).to(device)
     config = replace(preset.aar, scales=sat.config.scales, latent=sat.config.latent, V=sat.config.V)
     if args.init:
         model = aar.load_aar(args.init, sat)
-        config, kind = model.config, model.embedder["kind"]
-        if kind != args.embedder or args.next_token != config.next_token:
-            how = f"--embedder {kind}, {'with' if config.next_token else 'without'} --next-token"
-            raise UserError(f"{args.init} was trained {how}: do the same")
+        config, was = model.config, model.embedder["kind"]
+        if (kind, args.next_token) != (was, config.next_token):
+            raise UserError(f"{args.init} was made with --embedder {was}, next_token={config.next_token}: do the same")
     train(args, sat, embedder, config, preset.plan_aar, device)
 
 
 # --- The condition: what the generator is told about the sound ---------------------------------------------------
-
 class MelEmbedder(nn.Module):
     """Download-free stand-in for CLAP, from 32 mel cepstra over time: (B, 1, N) -> (B, 512) of unit length."""
 
     def __init__(self, sample_rate):
         super().__init__()
         self.mel = aar.Mel(sample_rate, 1024, 64)
-        i = torch.arange(32)[:, None]
-        dct = torch.cos(i * (torch.arange(64) + 0.5) * np.pi / 64)                      # (32, 64)
+        i = torch.arange(32)[:, None]                                # float64, rounded: equal on all processors
+        dct = torch.cos(i * (torch.arange(64).double() + 0.5) * np.pi / 64).float()     # (32, 64)
         self.register_buffer("over_time", dct[:14].T / 64)           # in the state, so that fingerprints tell it
         self.register_buffer("over_mels", dct * (i + 1).sqrt())      # to cepstra, the higher ones lifted
 
@@ -164,7 +163,6 @@ def build_embedder(kind, sample_rate, clap=None, trained_with=None):
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
-
 def tokenize(sat, embedder, data, n):
     """Tokens (n, L) int16 and conditions (n, cond_dim) of the first n windows of `data`."""
     device, tokens, cond = next(sat.parameters()).device, [], []
@@ -211,9 +209,10 @@ def train(args, sat, embedder, config, plan, device):
     model, optimizers, lr = build(config, sat, device, args.init)
     data, held_back, key = train_sat.sounds(args.data, sat.config, args.seed)
     data.augment = True                                              # half an hour of sound is soon learned by heart
-    parts, made_of = {"aar": model} | optimizers, {"sat": aar.fingerprint(sat), "clap": aar.fingerprint(embedder)}
-    state = train_sat.start(args, "aar", config, plan, parts, lr, sounds=key, embedder=args.embedder, **made_of)
-    n = int(min(plan.steps * plan.batch, plan.crops, 20 * sum(seconds for *_, seconds in data.files)))
+    parts, kind = {"aar": model} | optimizers, "clap" if isinstance(embedder, CLAP) else "mel"
+    made_of = {"embedder": kind, "clap": aar.fingerprint(embedder), "sat": aar.fingerprint(sat)}
+    state = train_sat.start(args, "aar", config, plan, parts, lr, sounds=key, **made_of)
+    n = max(1, int(min(plan.steps * plan.batch, plan.crops, 20 * sum(seconds for *_, seconds in data.files))))
     print(f"{n} clips, next-{'token' if config.next_token else 'scale'}; guessing costs ln V = {np.log(config.V):.2f}")
     tokens, cond = tokenize(sat, embedder, data, n)
     held = tokenize(sat, embedder, held_back, len(held_back))
@@ -249,7 +248,6 @@ def validate(model, sat, tokens, cond):
 
 
 # --- Measures of a generator -------------------------------------------------------------------------------------
-
 def frechet(a, b):
     """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of embeddings (n, C), (m, C) (FAD, arXiv 1812.08466).
 

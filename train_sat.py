@@ -75,7 +75,7 @@ def main(argv=None):
         raise UserError("--rvq has flat scales and no phi: leave out --schedule and --phis")
     if args.rvq:
         config = replace(config, schedule="flat", n_scales=args.rvq, phis=0)
-    train(args, aar.load_sat(args.init).config if args.init else config, preset.plan_sat, device)
+    train(args, config, preset.plan_sat, device)
 
 
 def begin(args):
@@ -105,17 +105,16 @@ def run(main):
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as e:
         message = " ".join(str(e).rpartition("UserError: ")[2].split())              # without a worker's traceback
-        if isinstance(e, RuntimeError):
+        if isinstance(e, RuntimeError) and not isinstance(e, soundfile.SoundFileError):
             known = ("out of memory", "allocate memory", "shared memory", "failed writing")
             if not any(words in message for words in known):
                 raise
-            message = f"{message[:200]} (less memory: a smaller --batch)"
+            message = message[:200] + " (a smaller --batch needs less)" * ("memory" in message)
     print("error:", message, file=sys.stderr)
     sys.exit(2)
 
 
 # --- Sounds: a folder, or toys -----------------------------------------------------------------------------------
-
 def find_sounds(folder):
     """Sound files below a folder, links followed -> [(hash of the path in it, path, seconds)], sorted."""
     paths, found, seen = [], [], set()
@@ -218,14 +217,13 @@ def sounds(folder, config, seed=0):
 def batches(data, batch, items):
     """Batches (B, 1, N) of data[i] for i in `items`, decoded ahead in other processes."""
     ask = signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C must not end those
-    workers, cuda = max(1, min(4, os.cpu_count() // 2)), torch.cuda.is_available()
+    workers, cuda = max(1, min(4, os.cpu_count() // 2)), torch.cuda.is_initialized()
     loader = iter(torch.utils.data.DataLoader(data, batch, None, items, num_workers=workers, pin_memory=cuda))
     signal.signal(signal.SIGINT, ask)
     return loader
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
-
 def learning_rate(step, plan):
     """Linear warm-up, then a cosine down to 1%."""
     n = round(plan.warm_up * plan.steps)
@@ -270,7 +268,7 @@ def adamw(params, lr, betas):
 def build(config, device, init=None):
     """A tokenizer, its discriminators, the optimizers of both players and their learning rate."""
     sat = (aar.load_sat(init, device) if init else SAT(config).to(device)).train()
-    discriminators = Discriminators(config.disc_width).to(device, memory_format=torch.channels_last)   # twice as fast
+    discriminators = Discriminators(sat.config.disc_width).to(device, memory_format=torch.channels_last)
     lr = torch.zeros((), device=device)
     learned = [p for p in sat.parameters() if p.requires_grad]
     # Muon takes no gains of weight norm, (c, 1, 1), and no LSTMs, whose large matrices would be slow.
@@ -318,7 +316,11 @@ def start(args, kind, config, plan, parts, lr, **settings):
                 group.update(lr=lr, capturable=lr.is_cuda)
     elif os.path.lexists(args.out):
         raise UserError(f"{args.out} exists: --resume goes on with it, or give another --out")
-    Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    inside = args.data and out.is_relative_to(Path(args.data).resolve())     # what is written there would be heard
+    if inside or out.suffix not in (".pt", ".pth") or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {args.out}: must end in .pt, in a folder that can be written, outside of --data")
     print(f"{sum(p.numel() for p in parts[kind].parameters()) / 1e6:.2f} M parameters, scales {config.scales}")
     return state
 
@@ -335,7 +337,8 @@ def loop(args, plan, state, parts, lr, one_step, report):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)                        # a second one stops at once
     for number in signal.valid_signals() & {1, 2, 15}:               # HUP (not in Windows), INT, TERM
-        signal.signal(number, ask)
+        if signal.getsignal(number) != signal.SIG_IGN:               # by nohup
+            signal.signal(number, ask)
     bar = tqdm(range(state["step"], plan.steps), initial=state["step"], total=plan.steps, unit="step")
     for step in bar:
         since, done = time.time(), step + 1
@@ -362,7 +365,7 @@ def loop(args, plan, state, parts, lr, one_step, report):
         if due or (not pending and time.time() > saved + 600):       # no pending losses: all are finite
             saved, state["parts"] = time.time(), {name: part.state_dict() for name, part in parts.items()}
             aar.save(args.out, state | {"step": done})
-        if due and stop:
+        if due and stop and done < plan.steps:
             bar.close()
             raise UserError(f"stopped after {done} of {plan.steps} steps; --resume goes on")
 
@@ -388,6 +391,7 @@ def train(args, config, plan, device):
     """Train SAT; writes args.out, and beside it the curves and a wave file of originals and reconstructions."""
     torch.manual_seed(args.seed)
     sat, discriminators, optimizers, lr = build(config, device, args.init)
+    config = sat.config
     data, held_back, key = sounds(args.data, config, args.seed)
     parts = {"sat": sat, "discriminators": discriminators} | optimizers
     state = start(args, "sat", config, plan, parts, lr, sounds=key)
