@@ -21,7 +21,7 @@ import aar
 import train_sat
 from aar import AAR, UserError
 
-SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}        # for our generators: a ramp follows less well
+SAMPLING = {"cfg": 2.0, "top_k": 0, "top_p": 0.5, "ramp": False}        # of our generators, at every scale alike
 
 
 def arguments(argv=None):
