@@ -1276,8 +1276,8 @@ BOTH = "--sat {sat} --aar {aar}"
 ERRORS = {
     train_sat: "--steps 0; --batch -1; --lr nan; --seed -1; --device cuda:99; --data {tmp}/absent; --data {wav}; "
                "--out {sat}; --out {tmp}/new.pt --resume; --out {aar} --resume; --seconds 0.1; --out {tmp}/x.wav; "
-               "--out {sat} --resume --rvq; --seconds nan; --phis 17; --init {aar}; --eval {aar}; --rvq --phis 2; "
-               "--data {data} --out {data}/x.pt; --eval {tmp}/absent.pt; --init {sat} --phis 2; --init {sat} --rvq; --rvq 0",
+               "--out {sat} --resume --rvq; --seconds nan; --phis 17; --init {aar}; --rvq 0; --rvq --phis 2; "
+               "--data {data} --out {data}/x.pt; --eval {tmp}/absent.pt; --init {sat} --phis 2; --init {sat} --rvq",
     train_aar: "--sat {aar}; --sat {tmp}/absent.pt; --sat {sat} --embedder clap; --sat {sat} --steps 0; "
                "--sat {sat} --embedder clap --clap {tmp}/absent.pt; --sat {sat} --out {aar}; "
                "--sat {sat} --init {sat}; --sat {sat} --init {aar} --next-token; --sat {sat} --eval {sat}",
