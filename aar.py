@@ -110,10 +110,8 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
     if n < 1 or frames < 1 or (n > frames and kind != "flat"):
         raise ValueError(f"{n} scales do not fit {frames} latent frames: ask for 1 to {frames} scales")
     u = np.linspace(0, 1, n) if n > 1 else np.ones(1)
-    s = {"quadratic": (1 + u * (math.sqrt(frames) - 1)) ** 2,
-         "linear": 1 + u * (frames - 1),
-         "log": frames ** u,
-         "flat": np.full(n, frames)}[kind]
+    s = {"quadratic": (1 + u * (math.sqrt(frames) - 1)) ** 2, "linear": 1 + u * (frames - 1),
+         "log": frames ** u, "flat": np.full(n, frames)}[kind]
     return tuple(int(s_k) for s_k in np.floor(s + 1e-6))               # 74.9999999 means 75
 
 
@@ -368,15 +366,18 @@ class Discriminators(nn.ModuleList):
     """Multi-scale STFT and multi-period discriminators of width c. (B, 1, N) -> a list of feature maps for each."""
 
     def __init__(self, c):
-        super().__init__([Discriminator(functools.partial(spectrogram, window=window), [
-            nn.Conv2d(2, c, (9, 3), padding=(4, 1)),
-            *(nn.Conv2d(c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d)) for d in (1, 2, 4)),
-            nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 1, 3, padding=1)]) for window in (2048, 1024, 512, 256, 128)])
-        self.extend(Discriminator(functools.partial(columns, p=p), [
-            *(nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))
-              for a, b in ((1, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c))),
-            nn.Conv2d(8 * c, 8 * c, (5, 1), padding=(2, 0)),
-            nn.Conv2d(8 * c, 1, (3, 1), padding=(1, 0))]) for p in (2, 3, 5, 7, 11))
+        super().__init__()
+        for window in (2048, 1024, 512, 256, 128):
+            self.append(Discriminator(functools.partial(spectrogram, window=window), [
+                nn.Conv2d(2, c, (9, 3), padding=(4, 1)),
+                *(nn.Conv2d(c, c, (9, 3), stride=(2, 1), dilation=(1, d), padding=(4, d)) for d in (1, 2, 4)),
+                nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 1, 3, padding=1)]))
+        for p in (2, 3, 5, 7, 11):
+            self.append(Discriminator(functools.partial(columns, p=p), [
+                *(nn.Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0))
+                  for a, b in ((1, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c))),
+                nn.Conv2d(8 * c, 8 * c, (5, 1), padding=(2, 0)),
+                nn.Conv2d(8 * c, 1, (3, 1), padding=(1, 0))]))
 
     def forward(self, wav):
         return [d(wav) for d in self]
@@ -429,7 +430,7 @@ class MelLoss(nn.Module):
         self.mels = nn.ModuleList(Mel(sample_rate, 2 ** i, 5 * 2 ** i // 32) for i in range(5, 12))
 
     def forward(self, x, y):
-        pairs = [((mel(x) + 1e-4).log10(), (mel(y) + 1e-4).log10()) for mel in self.mels]   # added: no steep gradients
+        pairs = [((mel(x) + 1e-4).log10(), (mel(y) + 1e-4).log10()) for mel in self.mels]   # 1e-4: no steep gradients
         return sum(F.l1_loss(a, b) + F.mse_loss(a, b) for a, b in pairs)
 
 
@@ -525,7 +526,6 @@ class AAR(nn.Module):
         level_of = torch.tensor([k for k, s in enumerate(config.scales) for _ in range(s)])             # (L,)
         self.register_buffer("level_of", level_of, persistent=False)
         self.register_buffer("mask", block_mask(blocks), persistent=False)                              # (L, L)
-
         nn.init.normal_(self.cond[0].weight, std=0.7)                # the entries of a unit vector are small
         for linear in (self.head, self.head_adaln[1], *(layer.adaln[1] for layer in self.layers)):
             nn.init.zeros_(linear.weight)                            # the first loss is ln V

@@ -106,7 +106,7 @@ def main(argv=None):
     elif embedder:
         return toys(args, sat, embedder, variations, page, what)
     else:
-        prompts = [("sound", model.null.detach().float())]           # without a condition
+        prompts, how["cfg"] = [("sound", model.null.detach().float())], 0.0      # no condition, nothing to guide
     for words, cond in prompts:
         name = re.sub(r"\W+", "-", words).strip("-")[:60] or "text"
         for i, (y, note) in enumerate(variations(cond, args.n), start=1):
@@ -145,12 +145,12 @@ def toys(args, sat, embedder, variations, page, what):
         return np.concatenate([c.mean(1), c.std(1)])
     fresh = train_sat.Toys(sat.config, seed=train_sat.HELD_BACK + 1 + args.seed)
     known = np.stack([statistics(fresh[i]) for i in range(10, 210)])
-    for i, kind in enumerate(kinds):
-        (y, _), = variations(embedder(fresh[i][None].to(next(sat.parameters()).device))[0], 1)
+    for kind, x in zip(kinds, fresh):
+        (y, _), = variations(embedder(x[None].to(next(sat.parameters()).device))[0], 1)
         distance = np.linalg.norm((known - statistics(y)) / known.std(0), axis=1)
         nearest = kinds[distance.argmin() % 10]
         right += nearest == kind
-        page.add(f"toy-{kind}.reference", fresh[i], rate, write=True)
+        page.add(f"toy-{kind}.reference", x, rate, write=True)
         page.add(f"toy-{kind}.variation-1", y, rate, write=True, note=f"nearest to {nearest}")
     print(f"{right} of 10 generated sounds are nearest, by MFCC statistics, to the kind of their reference")
     page.write("Toy sounds", what)
@@ -162,9 +162,10 @@ def compare_folders(args, device):
     embeddings = []
     for folder in args.fad:
         files = train_sat.find_sounds(folder)
-        made = [file for file in files if ".reference" not in file[1].suffixes]      # not what variations are of
-        data = train_sat.Windows(made or files, aar.SATConfig(), args.seed)
-        embeddings.append(torch.cat([embedder(data[i][None].to(device)).cpu() for i in range(len(data))]))
+        counted = [file for file in files if ".reference" not in file[1].suffixes]   # only variations count
+        data = train_sat.Windows(counted or files, aar.SATConfig(), args.seed)
+        loader = train_sat.batches(data, 16, range(len(data)))
+        embeddings.append(torch.cat([embedder(x.to(device)).cpu() for x in loader]))
     reference, made = embeddings
     print(f"Frechet distance {train_aar.frechet(made, reference):.3f}: {len(made)} sounds against {len(reference)}")
     if len(reference) > 3:

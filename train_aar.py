@@ -95,7 +95,7 @@ class CLAP(nn.Module):
     """Frozen laion-clap (arXiv 2211.06687) from a file: sounds and sentences that fit get close vectors."""
     where = "get 630k-audioset-best.pt from https://huggingface.co/lukewys/laion_clap and give it with --clap"
 
-    @torch.random.fork_rng(devices=[])                               # weights that get loaded must not move the seed
+    @torch.random.fork_rng(devices=[])                               # random weights before loading must not move it
     def __init__(self, path, sample_rate):
         super().__init__()
         self.path, self.sample_rate = Path(path), sample_rate
@@ -173,12 +173,12 @@ def tokenize(sat, embedder, data, n):
 
 
 def teacher_forced(model, sat, r, cond):
-    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token, whether it is the likeliest; both (B, L)."""
+    """Tokens r (B, L), cond (B, cond_dim) -> cross-entropy of each token (B, L), logits (B, L, V)."""
     r = r.long()
     teacher_inputs = sat.teacher_inputs(r.split(model.config.scales, 1), model.config.next_token)
     with aar.autocast(r.device, aar.fast_dtype(r.device)):
         logits = model(cond, teacher_inputs)
-    return F.cross_entropy(logits.mT, r, reduction="none"), logits.argmax(-1) == r
+    return F.cross_entropy(logits.mT, r, reduction="none"), logits
 
 
 def train_step(model, sat, optimizers, r, cond):
@@ -240,11 +240,13 @@ def train(args, sat, embedder, config, plan, device):
 @torch.no_grad()
 def validate(model, sat, tokens, cond):
     """Teacher-forced on held-back clips: mean loss; per scale the loss and how often the likeliest code is right."""
-    device = next(model.parameters()).device
-    parts = [teacher_forced(model, sat, r.to(device), c.to(device)) for r, c in zip(tokens.split(32), cond.split(32))]
-    loss, right = (torch.cat(part).float().mean(0) for part in zip(*parts))                  # (L,)
-    of_scales = [[round(part.mean().item(), 3) for part in x.split(model.config.scales)] for x in (loss, right)]
-    return {"held_back": round(loss.mean().item(), 3), "per_scale": of_scales[0], "accuracy": of_scales[1]}
+    device, parts = next(model.parameters()).device, []
+    for r, c in zip(tokens.to(device).split(32), cond.to(device).split(32)):
+        loss, logits = teacher_forced(model, sat, r, c)
+        parts.append(torch.stack([loss, (logits.argmax(-1) == r).float()]))
+    means = torch.cat(parts, 1).mean(1)                              # (2, L)
+    of_scales = [[round(part.mean().item(), 3) for part in x.split(model.config.scales)] for x in means]
+    return {"held_back": round(means[0].mean().item(), 3), "per_scale": of_scales[0], "accuracy": of_scales[1]}
 
 
 # --- Measures of a generator -------------------------------------------------------------------------------------

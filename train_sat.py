@@ -66,7 +66,8 @@ def main(argv=None):
     if args.eval:
         for path in args.eval:
             sat = aar.load_sat(path, device)
-            print(path, evaluate(sat, sounds(args.data, sat.config, args.seed)[1]))
+            rate = {"tokens_per_s": sum(sat.config.scales) / sat.config.seconds}
+            print(path, rate | evaluate(sat, sounds(args.data, sat.config, args.seed)[1]))
         return
     config = preset.sat
     if args.init and {args.seconds, args.rvq, args.schedule, args.phis} != {None}:
