@@ -338,7 +338,7 @@ def loop(args, plan, state, parts, lr, one_step, report):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)                        # a second one stops at once
     for number in signal.valid_signals() & {1, 2, 15}:               # HUP (not in Windows), INT, TERM
-        if signal.getsignal(number) != signal.SIG_IGN:               # by nohup
+        if (number, signal.getsignal(number)) != (1, signal.SIG_IGN):          # nohup ignores HUP
             signal.signal(number, ask)
     bar = tqdm(range(state["step"], plan.steps), initial=state["step"], total=plan.steps, unit="step")
     for step in bar:
