@@ -461,8 +461,9 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, n, C/H)
-        q = (F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp()).to(v.dtype)
-        k = F.normalize(k, dim=-1).to(v.dtype)                       # under autocast F.normalize returns float32
+        q_size, k_size = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp(min=1e-12).permute(2, 0, 3, 1, 4)
+        q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / q_size)).to(v.dtype)
+        k = (k / k_size).to(v.dtype)                                 # under autocast norms are float32
         if cache is not None:
             keys, values = cache
             keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
@@ -473,7 +474,7 @@ class Attention(nn.Module):
 
 def modulate(x, scale, shift):
     """AdaLN: layer norm whose scale and shift come from the condition."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Layer(nn.Module):
@@ -487,8 +488,8 @@ class Layer(nn.Module):
 
     def forward(self, x, mod, mask=None, cache=None, at=0):
         gate1, gate2, scale1, scale2, shift1, shift2 = mod.unbind(1)
-        x = x + gate1 * self.attention(modulate(x, scale1, shift1), mask, cache, at)
-        return x + gate2 * self.mlp(modulate(x, scale2, shift2))
+        x = torch.addcmul(x, gate1, self.attention(modulate(x, scale1, shift1), mask, cache, at))
+        return torch.addcmul(x, gate2, self.mlp(modulate(x, scale2, shift2)))
 
 
 def block_mask(blocks):

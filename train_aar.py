@@ -200,6 +200,10 @@ def build(config, sat, device, init=None):
     lr = torch.zeros((), device=device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    if device.type == "cuda":                                        # memory traffic is the limit: fuse the kernels
+        torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
+        for layer in model.layers:
+            layer.compile()
     return model, {"muon": train_sat.Muon(matrices, lr), "adamw": train_sat.adamw(rest, lr, (0.9, 0.95))}, lr
 
 
@@ -217,10 +221,6 @@ def train(args, sat, embedder, config, plan, device):
     tokens, cond = tokenize(sat, embedder, data, n)
     held = tokenize(sat, embedder, held_back, len(held_back))
     heard = torch.stack([held_back[i] for i in range(min(4, len(held_back)))]).to(device)
-    if device.type == "cuda" and plan.steps >= 1000:                 # memory traffic is the limit: fuse the kernels
-        torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
-        for layer in model.layers:
-            layer.compile()
     graph = aar.graphed(lambda r, cond: train_step(model, sat, optimizers, r, cond))
 
     def one_step(step):
