@@ -93,7 +93,7 @@ PRESETS = {                             # for a CPU; for ten minutes of a GPU; t
                    TrainConfig(steps=1800, batch=8, lr=6e-3, crops=8000)),
     "base": Preset(SATConfig(lstm=0, disc_width=8), AARConfig(depth=8),
                    TrainConfig(steps=16_000, batch=32, lr=2e-3, adversarial_at=0.75),
-                   TrainConfig(steps=5000, batch=64, lr=1e-3, crops=20_000)),
+                   TrainConfig(steps=5000, batch=64, lr=2e-3, crops=20_000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
                     TrainConfig(steps=400_000, batch=64, lr=1e-4, warm_up=0.01, crops=4_000_000)),
@@ -648,7 +648,7 @@ def graphed(step, generator=None):
                 graph, state = torch.cuda.CUDAGraph(), random.get_state()
                 try:
                     getattr(graph, "register_generator_state", lambda _: None)(random)     # newer ones need no call
-                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):         # loaders may go on
+                    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # loaders go on
                         out = step(*static)
                 except RuntimeError as e:
                     print(f"no CUDA graph ({str(e).splitlines()[0]}): kernels are launched one by one", file=sys.stderr)

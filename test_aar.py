@@ -931,6 +931,11 @@ def small_training(stage, out, data, *more, device="cpu", sat=None, embedder=Non
     train_aar.train(args, sat, embedder or MelEmbedder(8000).to(device), config, plan, device)
 
 
+def pad_with_zeros(monkeypatch):
+    """On CUDA the gradient of reflect padding is added up in any order: no two runs are the same."""
+    monkeypatch.setattr(F, "pad", lambda x, size, mode="", value=None, pad=F.pad: pad(x, size, value=value))
+
+
 def tensors_of(path):
     return [x for x in tree_leaves(torch.load(path, weights_only=True)["parts"]) if torch.is_tensor(x)]
 
@@ -945,8 +950,8 @@ def at_step(monkeypatch, step, action):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_resumed_equals_uninterrupted(stage, how, device, tmp_path, monkeypatch, wav_folder):
     """Stopped by Ctrl-C or TERM, which save, or killed, and resumed: the same as in one go, on the CPU to the bit."""
-    if device == "cuda":                                              # where reflect padding adds in any order
-        monkeypatch.setattr(F, "pad", lambda x, size, mode="", value=None, pad=F.pad: pad(x, size, value=value))
+    if device == "cuda":
+        pad_with_zeros(monkeypatch)
     one, stopped, steps = tmp_path / "one-go.pt", tmp_path / "stopped.pt", 20       # two in each tenth of the plan
     train = functools.partial(small_training, stage, data=wav_folder, device=device, steps=steps)
     train(out=one)
@@ -1369,9 +1374,10 @@ def test_exercises_apply_as_printed(diff, monkeypatch):
 # --- One CUDA GPU ----------------------------------------------------------------------------------------------------
 @cuda
 @pytest.mark.parametrize("quantize, adversarial", [(False, False), (True, False), (True, True)])
-def test_replayed_steps_equal_eager_ones(quantize, adversarial):
+def test_replayed_steps_equal_eager_ones(quantize, adversarial, monkeypatch):
     """Eight steps of both stages, the last five replays of a CUDA graph, move the weights as eager ones do."""
     device, runs = torch.device("cuda"), []
+    pad_with_zeros(monkeypatch)
     for wrap in (lambda step: step, aar.graphed):
         torch.manual_seed(0)
         sat, judges, optimizers, mel_loss, lr = stage_1(device)
