@@ -92,8 +92,8 @@ PRESETS = {                             # for a CPU; for ten minutes of a GPU; t
                    TrainConfig(steps=3000, batch=12, lr=3e-3, adversarial_at=0.9),
                    TrainConfig(steps=1800, batch=8, lr=6e-3, crops=8000)),
     "base": Preset(SATConfig(lstm=0, disc_width=8), AARConfig(depth=8),
-                   TrainConfig(steps=16_000, batch=32, lr=2e-3, adversarial_at=0.75),
-                   TrainConfig(steps=5000, batch=64, lr=2e-3, crops=20_000)),
+                   TrainConfig(steps=20_000, batch=32, lr=2e-3, adversarial_at=0.75),
+                   TrainConfig(steps=2500, batch=64, lr=2e-3, crops=40_000)),
     "paper": Preset(SATConfig(), AARConfig(),
                     TrainConfig(steps=400_000, batch=32, lr=3e-4, warm_up=0.01, quantize_at=0.01),
                     TrainConfig(steps=400_000, batch=64, lr=1e-4, warm_up=0.01, crops=4_000_000)),
@@ -461,13 +461,12 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, n, C/H)
-        q_size, k_size = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp(min=1e-12).permute(2, 0, 3, 1, 4)
-        q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / q_size)).to(v.dtype)
-        k = (k / k_size).to(v.dtype)                                 # under autocast norms are float32
+        size = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp(min=1e-12).permute(2, 0, 3, 1, 4)      # of q and k
+        q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / size[0])).to(v.dtype)
+        k = (k / size[1]).to(v.dtype)                                # under autocast a norm is float32
         if cache is not None:
-            keys, values = cache
-            keys[:, :, at:at + n], values[:, :, at:at + n] = k, v
-            k, v = keys[:, :, :at + n], values[:, :, :at + n]        # only blocks that may be seen, so no mask
+            cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
+            k, v = cache[..., :at + n, :]                            # only blocks that may be seen, so no mask
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(x.transpose(1, 2).reshape(B, n, C))
 

@@ -206,7 +206,7 @@ def bench(preset, device):
     parts = sat, discriminators, optimizers, aar.MelLoss(config.sample_rate).to(device)
     for what, adversarial in (("step of stage 1", False), ("step of stage 1, discriminators", True)):
         measure(what, lambda x: train_sat.train_step(*parts, quantize=True, adversarial=adversarial, x=x), wav)
-    model, optimizers, _ = train_aar.build(preset.aar, sat, device)
+    model, optimizers, _ = train_aar.build(preset.aar, sat, device, steps=preset.plan_aar.steps)
     r = torch.randint(config.V, (len(cond), sum(config.scales)), device=device)
     measure("step of stage 2", lambda r, cond: train_aar.train_step(model, sat, optimizers, r, cond), r, cond)
     # Fig. 3: against residual VQ, 750 tokens a second

@@ -194,13 +194,13 @@ def train_step(model, sat, optimizers, r, cond):
     return {"loss": loss.detach().mean(), "norm": norm}
 
 
-def build(config, sat, device, init=None):
-    """A generator, its optimizers and their learning rate."""
+def build(config, sat, device, init=None, steps=0):
+    """A generator for a training of `steps` steps, its optimizers and their learning rate."""
     model = aar.load_aar(init, sat, device) if init else AAR(config).to(device)
     lr = torch.zeros((), device=device)
     matrices = [m.weight for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    if device.type == "cuda":                                        # memory traffic is the limit: fuse the kernels
+    if device.type == "cuda" and steps >= 20_000:                    # fewer would not win back the time to compile
         torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
         for layer in model.layers:
             layer.compile()
@@ -210,7 +210,7 @@ def build(config, sat, device, init=None):
 def train(args, sat, embedder, config, plan, device):
     """Train AAR; writes args.out, and beside it the curves and a wave file of references and generated sounds."""
     torch.manual_seed(args.seed)
-    model, optimizers, lr = build(config, sat, device, args.init)
+    model, optimizers, lr = build(config, sat, device, args.init, plan.steps)
     data, held_back, key = train_sat.sounds(args.data, sat.config, args.seed)
     data.augment = True                                              # half an hour of sound is soon learned by heart
     parts, kind = {"aar": model} | optimizers, "clap" if isinstance(embedder, CLAP) else "mel"

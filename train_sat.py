@@ -93,7 +93,7 @@ def begin(args):
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
     torch.backends.cudnn.benchmark = True                            # try its algorithms once, then take the fastest
     name = args.preset or ("base" if device.type == "cuda" else "tiny")
-    print(f"device {device}, preset {name}" + (": about 10 + 16 hours on an H100" if name == "paper" else ""))
+    print(f"device {device}, preset {name}" + (": about 10 + 15 hours on an H100" if name == "paper" else ""))
     given.pop("scales", None)                                        # sample.py's means something else
     changed = (replace(part, **{k: given[k] for k in vars(part) if k in given}) for part in PRESETS[name])
     return device, aar.Preset(*changed)
