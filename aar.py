@@ -140,7 +140,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.randn(V, D))
         self.register_buffer("usage", torch.full((V,), 1 / V))       # moving average: fraction of vectors that chose it
-        self.register_buffer("sum", self.codes / V)                  # moving average of their sum / M: code * usage
+        self.register_buffer("sum", self.codes / V)                  # code * usage: codes = sum / usage
 
     def nearest(self, z):
         """Vectors (..., D) -> tokens (...): argmin_v |z - code_v|^2, without |z|^2, which is the same for all v."""
@@ -195,7 +195,7 @@ class MSRQ(nn.Module):
         return f_hat + self.phi(k, up(code, f_hat.shape[-1]))
 
     def quantize(self, f, kmeans=False):
-        """Alg. 1: latents f (B, D, T) -> per scale: tokens (B, s_k), f_hat (B, D, T), residual vectors (B, s_k, D)."""
+        """Alg. 1: f (B, D, T) -> lists over k: tokens (B, s_k), f_hat (B, D, T), residuals at scale k (B, s_k, D)."""
         f_hat, steps = torch.zeros_like(f), []
         for k, s in enumerate(self.scales):
             z = down((f - f_hat).detach(), s).mT                     # (B, s_k, D)
@@ -231,13 +231,13 @@ class MSRQ(nn.Module):
 # --- Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left) --------------------------------------------------
 def conv(c_in, c_out, kernel, stride=1, transposed=False, gain=1.0):
     """Weight-normalized convolution (B, c_in, N) -> (B, c_out, N / stride), or N * stride if transposed."""
-    padding = (kernel - stride + 1) // 2                             # on both sides; an extra sample is never read
+    padding = (kernel - stride + 1) // 2                             # per side; if one too many, it is never read
     if transposed:
         module = nn.ConvTranspose1d(c_in, c_out, kernel, stride, padding, output_padding=(kernel - stride) % 2)
     else:
         module = nn.Conv1d(c_in, c_out, kernel, stride, padding, padding_mode="reflect" if padding else "zeros")
     fan_in = c_in * kernel / (stride if transposed else 1)           # only kernel / stride taps meet at one output
-    # PyTorch's default lets the signal shrink until all sounds look alike to the quantizer; 1 / fan_in keeps its size.
+    # PyTorch's default lets the signal shrink until sounds look alike to the quantizer; variance 1 / fan_in keeps it.
     nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
     return weight_norm(module)
 
@@ -270,7 +270,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width
-        layers = [conv(1, c, 7, gain=8)]                             # RMS 1/8 -> 1: nearer to 0, ELU is almost linear
+        layers = [conv(1, c, 7, gain=8)]                             # sounds have RMS 1/8: near 0, ELU is almost linear
         for r in config.strides:
             layers += [Residual(c), nn.ELU(), conv(c, 2 * c, 2 * r, stride=r)]
             c *= 2
@@ -299,7 +299,7 @@ class SAT(nn.Module):
         self.config = config
         self.encoder, self.quantizer, self.decoder = Encoder(config), MSRQ(config), Decoder(config)
         for name, p in self.named_parameters():
-            if "bias" in name:                                       # kept at 0: the log-mel error falls by 0.4 dB;
+            if "bias" in name:                                       # fixed at 0: 0.4 dB less log-mel error;
                 nn.init.zeros_(p).requires_grad_(False)              # the authors' weights bring their own
 
     def latents(self, wav):
@@ -435,7 +435,7 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of x - y below 3 kHz (averages of 4 samples at 24 kHz) relative to that of x; (B, 1, N). Not in the paper.
+    """Energy of x - y below 3 kHz (averages of 4 samples at 24 kHz) over all energy of x; (B, 1, N). Not in the paper.
 
     Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Above 3 kHz phases cannot be guessed:
     there this loss would only make noise too quiet. The added 1e-5 is -50 dB.
@@ -456,14 +456,14 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # cosines times 4 at first, at most 100
 
     def forward(self, x, mask=None, cache=None, at=0):
-        """x (B, n, C) at positions at .. at + n - 1 -> (B, n, C). `cache` (2, B, H, L, C/H): keys and values so far."""
+        """x (B, n, C), positions `at` to `at` + n - 1 -> (B, n, C). `cache` (2, B, H, L, C/H): keys, values so far."""
         B, n, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                         # each (B, H, n, C/H)
-        size = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp(min=1e-12).permute(2, 0, 3, 1, 4)      # of q and k
-        q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / size[0])).to(v.dtype)
-        k = (k / size[1]).to(v.dtype)                                # under autocast a norm is float32
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv                                                # each (B, H, n, C/H)
+        length = qkv[:2].norm(dim=-1, keepdim=True).clamp(min=1e-12)         # of q and k at once: (2, B, H, n, 1)
+        q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / length[0])).to(v.dtype)
+        k = (k / length[1]).to(v.dtype)                              # under autocast these are float32 by now
         if cache is not None:
             cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
             k, v = cache[..., :at + n, :]                            # only blocks that may be seen, so no mask
@@ -472,12 +472,12 @@ class Attention(nn.Module):
 
 
 def modulate(x, scale, shift):
-    """AdaLN: layer norm whose scale and shift come from the condition."""
+    """AdaLN: layer_norm(x) * (1 + scale) + shift, both from the condition. addcmul(a, b, c) is a + b * c, fused."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Layer(nn.Module):
-    """Layer of the transformer. `adaln` turns the condition into its six modulations, `mod` (B, 6, 1, C)."""
+    """Layer of the transformer. `mod` (B, 6, 1, C) is adaln(condition), which AAR.condition computes once per clip."""
 
     def __init__(self, C, H):
         super().__init__()
@@ -542,7 +542,7 @@ class AAR(nn.Module):
         return c[:, None], [*mods, self.head_adaln(c).view(len(c), 2, 1, -1)]
 
     def logits(self, x, mods, mask=None, caches=None, at=0):
-        """Inputs x (B, n, C) at positions at .. at + n - 1 -> logits (B, n, V): shared by training and generation."""
+        """Inputs x (B, n, C), positions `at` to `at` + n - 1 -> logits (B, n, V): for training and generation."""
         here = slice(at, at + x.shape[1])
         x = x + self.level[self.level_of[here]] + self.position[here]
         for i, layer in enumerate(self.layers):
@@ -602,7 +602,7 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
         drop = p.cumsum(-1) - p >= max(top_p, 1e-9)                  # those before it hold enough
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)         # back in the order of the codes
     noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)                   # a draw, as by multinomial, that never waits
+    return (logits.softmax(-1) / noise).argmax(-1)                   # as multinomial, without waiting for the device
 
 
 # === Here the method ends. Below: precision, CUDA graphs, sound files, checkpoints ==================================
@@ -620,40 +620,40 @@ def fast_dtype(device, convolutions=False):
 
 
 def graphed(step, generator=None):
-    """`step`, a function of tensors that returns detached tensors, as one CUDA graph of thousands of kernels.
+    """`step`, a function of tensors, as a CUDA graph: one launch, not thousands. `generator`: what it draws from.
 
-    The first three calls run as they are, the fourth is captured; later ones replay and overwrite the last result.
-    Without CUDA, for other shapes, or if the capture fails, it is `step` itself.
+    Calls 1 to 3 run as they are, call 4 is captured; it and later ones replay into the same (detached) output tensors.
+    Without CUDA, for shapes other than the first call's, or if the capture fails, it is `step` itself.
     """
     static, calls, side, graph, out = [], 0, None, None, None        # graph: False after a capture that failed
 
     def call(*inputs):
-        nonlocal calls, side, graph, out
-        static[:], device = static or [x.clone() for x in inputs], inputs[0].device
+        nonlocal static, calls, side, graph, out
+        static, device = static or [x.clone() for x in inputs], inputs[0].device
         if graph is False or device.type != "cuda" or [x.shape for x in static] != [x.shape for x in inputs]:
             return step(*inputs)
         for a, b in zip(static, inputs):
             a.copy_(b)
         calls += 1
-        random = generator or torch.cuda.default_generators[device.index]
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            if calls <= 3:                                           # a capture wants them on a side stream
+        rng, stream = generator or torch.cuda.default_generators[device.index], torch.cuda.current_stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):   # a failed capture leaves `side` the current one
+            if calls <= 3:                                           # warm-up, on the stream of the capture
                 torch.cuda.synchronize()
                 with torch.cuda.stream(side := side or torch.cuda.Stream()):
                     out = step(*static)
                 torch.cuda.synchronize()
                 return out
             if calls == 4:
-                graph, state = torch.cuda.CUDAGraph(), random.get_state()
+                graph, state = torch.cuda.CUDAGraph(), rng.get_state()
                 try:
-                    getattr(graph, "register_generator_state", lambda _: None)(random)     # newer ones need no call
-                    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # loaders go on
+                    getattr(graph, "register_generator_state", lambda _: None)(rng)    # newer PyTorch does it itself
+                    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # not of loaders
                         out = step(*static)
                 except RuntimeError as e:
-                    print(f"no CUDA graph ({str(e).splitlines()[0]}): kernels are launched one by one", file=sys.stderr)
-                    graph = False                                    # and free the random numbers from the capture:
-                    random.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
-                    random.set_state(state)
+                    print(f"no CUDA graph ({e.__context__ or e!r:.100}): kernels run one by one", file=sys.stderr)
+                    graph = False                                    # the generator still counts as captured: reset it
+                    rng.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+                    rng.set_state(state)
         if graph is False:
             return step(*inputs)
         graph.replay()

@@ -233,13 +233,13 @@ def learning_rate(step, plan):
 
 
 def orthogonal(G, rounds=5):
-    """Newton-Schulz: a matrix G = U S V^T -> about U V^T (all singular values 0.7 to 1.2)."""
+    """Newton-Schulz: a matrix G = U S V^T -> about U V^T (singular values 0.7 to 1.2, smaller below 0.0014 |G|)."""
     tall = len(G) > G.shape[1]
     X = ((G.mT if tall else G) / G.norm().clamp(min=1e-7)).to(aar.fast_dtype(G.device))
     for _ in range(rounds):
         A = X @ X.mT                                                 # X is wide, so A is the smaller square
-        A = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.addmm(X, A, X, beta=3.4445)
+        A = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)         # -4.7750 A + 2.0315 A A
+        X = torch.addmm(X, A, X, beta=3.4445)                        # 3.4445 X + A X
     return (X.mT if tall else X).to(G.dtype)
 
 
@@ -290,8 +290,8 @@ def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial,
         y, _, vq = sat(x) if quantize else (sat.decoder(sat.latents(x)).float(), None, x.new_zeros(()))
     losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
     if adversarial:
-        n = (len(x) + 1) // 2                                        # half of the clips: this is most of a step's time
-        with fast:                                                   # one pass over real and fake serves both players
+        n = (len(x) + 1) // 2                                        # half of the clips: judging takes most of the time
+        with fast:                                                   # not detached: these maps serve both players
             real, fake = discriminators(x[:n]), discriminators(y[:n])
         losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake),
                    "discriminator": aar.discriminator_loss(real, fake)}
