@@ -92,6 +92,7 @@ def begin(args):
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
     torch.backends.cudnn.benchmark = True                            # try its algorithms once, then take the fastest
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # suspected of a crash of layers that are compiled
     name = args.preset or ("base" if device.type == "cuda" else "tiny")
     print(f"device {device}, preset {name}" + (": about 10 + 15 hours on an H100" if name == "paper" else ""))
     given.pop("scales", None)                                        # sample.py's means something else
