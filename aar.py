@@ -90,7 +90,7 @@ Preset = namedtuple("Preset", "sat aar plan_sat plan_aar")             # sizes a
 PRESETS = {                             # for a CPU; for ten minutes of a GPU; the paper's sizes
     "tiny": Preset(SATConfig(width=12, lstm=0, latent=32, V=256, disc_width=4), AARConfig(latent=32, V=256, depth=3),
                    TrainConfig(steps=3000, batch=12, lr=3e-3, adversarial_at=0.9),
-                   TrainConfig(steps=1800, batch=8, lr=6e-3, crops=8000)),
+                   TrainConfig(steps=2100, batch=8, lr=6e-3, crops=8000)),
     "base": Preset(SATConfig(lstm=0, disc_width=8), AARConfig(depth=8),
                    TrainConfig(steps=20_000, batch=32, lr=2e-3, adversarial_at=0.75),
                    TrainConfig(steps=2500, batch=64, lr=2e-3, crops=40_000)),
