@@ -463,7 +463,7 @@ class Attention(nn.Module):
         q, k, v = qkv                                                # each (B, H, n, C/H)
         length = qkv[:2].norm(dim=-1, keepdim=True).clamp(min=1e-12)         # of q and k at once: (2, B, H, n, 1)
         q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / length[0])).to(v.dtype)
-        k = (k / length[1]).to(v.dtype)                              # under autocast these are float32 by now
+        k = (k / length[1]).to(v.dtype)                              # float32 by now: autocast on CUDA
         if cache is not None:
             cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
             k, v = cache[..., :at + n, :]                            # only blocks that may be seen, so no mask

@@ -209,6 +209,7 @@ def bench(preset, device):
     model, optimizers, _ = train_aar.build(preset.aar, sat, device, steps=preset.plan_aar.steps)
     r = torch.randint(config.V, (len(cond), sum(config.scales)), device=device)
     measure("step of stage 2", lambda r, cond: train_aar.train_step(model, sat, optimizers, r, cond), r, cond)
+    del model, optimizers, parts, sat, discriminators                # what follows needs the memory of none of them
     # Fig. 3: against residual VQ, 750 tokens a second
     by_token = generation("next-token", replace(config, schedule="flat", n_scales=10, phis=0), cond[:1])
     print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | | | | |")

@@ -41,9 +41,9 @@ from train_sat import TOYS, Toys, Windows
 
 HERE = Path(aar.__file__).resolve().parent
 CPU, META = torch.device("cpu"), torch.device("meta")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")            # the same for CUDA
 torch.set_num_threads(1)                                              # equal to the bit from run to run
 torch.use_deterministic_algorithms(True, warn_only=True)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # the same for CUDA
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid", "ignore:n_fft")             # of small sizes
 
 
@@ -510,8 +510,8 @@ def test_no_step_waits_for_the_device(device, dtype, monkeypatch):
 
 def test_each_player_learns_from_its_own_loss(monkeypatch):
     """A step of stage 1 gives both players the gradients of separate, naive passes, each of its own loss."""
-    sat, judges, optimizers, mel_loss, _ = stage_1()
-    x = torch.stack([Toys(sat.config)[i] for i in range(3)])
+    sat, judges, optimizers, mel_loss, lr = stage_1()
+    x, _ = torch.stack([Toys(sat.config)[i] for i in range(3)]), lr.fill_(1e-3)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))             # gradients as they are
     naive_sat, naive_judges = copy.deepcopy(sat), copy.deepcopy(judges)
     train_sat.train_step(sat, judges, optimizers, mel_loss, True, True, x)
@@ -521,8 +521,9 @@ def test_each_player_learns_from_its_own_loss(monkeypatch):
               "adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake)}
     loss = sum(train_sat.WEIGHTS[name] * value for name, value in losses.items())
     learned = [(p, q) for p, q in zip(sat.parameters(), naive_sat.parameters()) if q.requires_grad]
-    for (p, _), want in zip(learned, torch.autograd.grad(loss, [q for _, q in learned], allow_unused=True)):
+    for (p, q), want in zip(learned, torch.autograd.grad(loss, [q for _, q in learned], allow_unused=True)):
         torch.testing.assert_close(p.grad, torch.zeros_like(p) if want is None else want, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(p, q)                                  # and takes its step
     d_loss = aar.discriminator_loss(real, naive_judges(y[:2].detach()))
     for p, want in zip(judges.parameters(), torch.autograd.grad(d_loss, list(naive_judges.parameters())), strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
@@ -1362,7 +1363,7 @@ def test_exercises_apply_as_printed(diff, monkeypatch):
 # --- One CUDA GPU ----------------------------------------------------------------------------------------------------
 @cuda
 @pytest.mark.parametrize("quantize, adversarial", [(False, False), (True, False), (True, True)])
-def test_replayed_steps_equal_eager_ones(quantize, adversarial, monkeypatch):
+def test_replayed_steps_equal_eager_ones(quantize, adversarial, monkeypatch, capsys):
     """Eight steps of both stages, the last five replays of a CUDA graph, move the weights as eager ones do."""
     device, runs = torch.device("cuda"), []
     monkeypatch.setattr(F, "pad", zero_padding)
@@ -1379,12 +1380,13 @@ def test_replayed_steps_equal_eager_ones(quantize, adversarial, monkeypatch):
             step(noise(4, 1, 1600, seed=i).to(device))
             aar_step(torch.randint(16, (4, sum(sat.config.scales))).to(device), torch.randn(4, 512).to(device))
         runs.append([x.float() for part in (sat, judges, model) for x in part.state_dict().values()])
+    assert "no CUDA graph" not in capsys.readouterr().err
     for a, b in zip(*runs):
         near(a, b, 1e-5)
 
 
 @cuda
-def test_replayed_generation_equals_eager():
+def test_replayed_generation_equals_eager(capsys):
     """The same state of the random numbers gives the same tokens; two replays draw different ones."""
     sat, generator, cond = small_sat().cuda(), torch.Generator("cuda"), torch.randn(2, 5).cuda()
     model = small_aar(sat).cuda()
@@ -1394,4 +1396,4 @@ def test_replayed_generation_equals_eager():
     replayed = aar.graphed(make, generator)
     for i in range(8):
         assert torch.equal(*(call(cond).clone() for call in (make, replayed) if generator.manual_seed(i)))
-    assert not torch.equal(replayed(cond).clone(), replayed(cond).clone())
+    assert not torch.equal(replayed(cond).clone(), replayed(cond).clone()) and not capsys.readouterr().err

@@ -91,7 +91,6 @@ def begin(args):
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
-    torch.backends.cudnn.benchmark = True                            # try its algorithms once, then take the fastest
     os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # suspected of a crash of layers that are compiled
     name = args.preset or ("base" if device.type == "cuda" else "tiny")
     print(f"device {device}, preset {name}" + (": about 10 + 15 hours on an H100" if name == "paper" else ""))
@@ -273,6 +272,7 @@ def build(config, device, init=None):
     """A tokenizer, its discriminators, the optimizers of both players and their learning rate."""
     sat = (aar.load_sat(init, device) if init else SAT(config).to(device)).train()
     discriminators = Discriminators(sat.config.disc_width).to(device, memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = True                            # try its algorithms once, then take the fastest
     lr = torch.zeros((), device=device)
     learned = [p for p in sat.parameters() if p.requires_grad]
     # Muon takes no gains of weight norm, (c, 1, 1), and no LSTMs, whose large matrices would be slow.
@@ -291,7 +291,7 @@ def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial,
         y, _, vq = sat(x) if quantize else (sat.decoder(sat.latents(x)).float(), None, x.new_zeros(()))
     losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
     if adversarial:
-        n = (len(x) + 1) // 2                                        # half of the clips: judging takes most of the time
+        n = (len(x) + 1) // 2                                        # the first half: judging takes most of the time
         with fast:                                                   # not detached: these maps serve both players
             real, fake = discriminators(x[:n]), discriminators(y[:n])
         losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake),
@@ -415,7 +415,10 @@ def train(args, config, plan, device):
             with torch.no_grad():
                 first = [sat.latents(x.to(device)) for x in batches(data, plan.batch, range(config.V))]
                 sat.quantizer.quantize(torch.cat(first), kmeans=True)
-        return step_of_phase(step >= quantize_at, step >= adversarial_at)(next(loader).to(device, non_blocking=True))
+        x, adversarial = next(loader).to(device, non_blocking=True), step >= adversarial_at
+        if adversarial:                                              # a random half of them will be judged
+            x = x[torch.randperm(len(x), device=device)]
+        return step_of_phase(step >= quantize_at, adversarial)(x)
 
     def report(step):
         if step < quantize_at:                                       # the codebooks are random
