@@ -202,6 +202,7 @@ def test_gradient_passes_the_quantizer_once(n_scales, training):
     there, = torch.autograd.grad((weight * at.sin() + at ** 3).sum(), at)
     assert torch.equal(here, there) and not torch.equal(out.detach(), f.detach())
     assert all(torch.equal(a, b.codes) != training for a, b in zip(before, quantizer.codebooks))
+    assert torch.autograd.grad(quantizer(f)[0].sum(), quantizer.phis[0].weight, allow_unused=True) == (None,)
 
 
 def test_quantizer_loss():
