@@ -463,7 +463,7 @@ class Attention(nn.Module):
         q, k, v = qkv                                                # each (B, H, n, C/H)
         length = qkv[:2].norm(dim=-1, keepdim=True).clamp(min=1e-12)         # of q and k at once: (2, B, H, n, 1)
         q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / length[0])).to(v.dtype)
-        k = (k / length[1]).to(v.dtype)                              # float32 by now: autocast on CUDA
+        k = (k / length[1]).to(v.dtype)                              # autocast on CUDA made both float32
         if cache is not None:
             cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
             k, v = cache[..., :at + n, :]                            # only blocks that may be seen, so no mask
@@ -523,7 +523,7 @@ class AAR(nn.Module):
         self.layers = nn.ModuleList(Layer(C, H) for _ in range(config.depth))
         self.head_adaln = nn.Sequential(nn.SiLU(), nn.Linear(C, 2 * C))
         self.head = nn.Linear(C, config.V)
-        level_of = torch.tensor([k for k, s in enumerate(config.scales) for _ in range(s)])             # (L,)
+        level_of = torch.tensor([k for k, s in enumerate(config.scales) for _ in range(s)])  # (L,): k of each
         self.register_buffer("level_of", level_of, persistent=False)
         self.register_buffer("mask", block_mask(blocks), persistent=False)                              # (L, L)
         nn.init.normal_(self.cond[0].weight, std=0.7)                # the entries of a unit vector are small
@@ -569,7 +569,7 @@ class AAR(nn.Module):
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])        # both halves in one batch
         start, mods = self.condition(cond.to(dtype))
-        caches = [start.new_empty(2, len(cond), config.depth, len(self.level_of), 64) for _ in self.layers]
+        caches = [start.new_empty(2, len(cond), config.depth, len(self.level_of), 64) for _ in self.layers]   # C/H = 64
         f_hat = cond.new_zeros(B, config.latent, sat.config.frames, dtype=torch.float32)
         tokens, at, read = [], 0, None                               # read: what the next block reads, (B, n, D)
         for k in range(len(config.scales)):
