@@ -5,7 +5,7 @@
     python sample.py --reconstruct *.wav            files of any length through the tokenizer
     python sample.py                                toy generator: a sound of each kind; others: without a condition
     python sample.py --fad sounds/ made/            Frechet distance of two folders of sounds
-    python sample.py --bench --preset paper         how fast each part is on this machine, with random weights
+    python sample.py --bench --preset paper         how long a sound takes on this machine, with random weights
 
 Beside the sounds it writes index.html, a page to hear, see and compare them.
 """
@@ -26,6 +26,7 @@ import aar
 import train_aar
 import train_sat
 from aar import UserError
+from train_sat import TOYS
 
 
 def arguments(argv=None):
@@ -35,7 +36,7 @@ def arguments(argv=None):
     what.add_argument("--text", metavar="WORDS", nargs="+", help="what to make sounds of; each argument is a prompt")
     what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
     what.add_argument("--fad", metavar=("REFERENCE", "MADE"), nargs=2, help="Frechet distance of two folders")
-    what.add_argument("--bench", action="store_true", help="measure how fast each part is, with random weights")
+    what.add_argument("--bench", action="store_true", help="measure how long a sound takes, with random weights")
     p.add_argument("--preset", choices=aar.PRESETS, help="sizes of --bench (default: base with CUDA, else tiny)")
     p.add_argument("--sat", default="sat.pt", help="checkpoint of stage 1, ours or the authors' (default: sat.pt)")
     p.add_argument("--aar", default="aar.pt", help="checkpoint of stage 2, ours or the authors' (default: aar.pt)")
@@ -64,11 +65,10 @@ def main(argv=None):
         for path in map(Path, args.reconstruct):
             try:
                 wav = aar.load_audio(path, rate)
+                page.add(f"{path.name}, original", wav, rate)
+                page.add(f"{path.stem}.reconstruction", reconstruct(sat, wav.to(device), args.scales), rate, write=True)
             except UserError as e:                                   # one bad file must not stop the others
                 print(f"skipped {e}", file=sys.stderr)
-                continue
-            page.add(f"{path.name}, original", wav, rate)
-            page.add(f"{path.stem}.reconstruction", reconstruct(sat, wav.to(device), args.scales), rate, write=True)
         return page.write("Reconstructions", f"Scales decoded: {args.scales or 'all'}.")
 
     model = aar.load_aar(args.aar, sat, device)
@@ -81,7 +81,8 @@ def main(argv=None):
     model.to(aar.fast_dtype(device))
     how["generator"] = generator = torch.Generator(device).manual_seed(args.seed)
     make = aar.graphed(lambda cond: sat.decode(model.generate(cond, sat, **how)[:args.scales]), generator)
-    if args.ref or args.text or model.embedder.get("toys"):
+    toys = model.embedder.get("toys") and not args.ref and not args.text
+    if args.ref or args.text or toys:
         embedder = train_aar.build_embedder(kind, rate, args.clap, model.embedder.get("fingerprint")).to(device)
 
     def variations(cond, n):
@@ -93,25 +94,27 @@ def main(argv=None):
             return [(x, "") for x in y]
         similarity = torch.cat([embedder(part.to(device)) for part in y.split(16)]) @ cond[0]
         return [(y[i], f"similarity {similarity[i]:.2f}") for i in similarity.argsort(descending=True)[:n]]
-
     if args.text and kind != "clap":
         raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words")
     if args.text:
-        prompts = list(zip(args.text, embedder.text(args.text)))
-    elif args.ref:
-        name, wav = Path(args.ref).stem, loudest_window(args.ref, sat.config)
-        page.add(f"{name}.reference", wav, rate, write=True)
-        page.add("reconstruction: what the tokenizer allows", reconstruct(sat, wav.to(device), args.scales), rate)
-        prompts = [(name, embedder(wav[None].to(device))[0])]
-    elif embedder:
-        return toys(args, sat, embedder, variations, page, what)
+        prompts = [(words, None, cond) for words, cond in zip(args.text, embedder.text(args.text))]
+    elif embedder is None:                                           # no condition, nothing to guide
+        prompts, how["cfg"] = [("sound", None, model.null.detach().float())], 0.0
     else:
-        prompts, how["cfg"] = [("sound", model.null.detach().float())], 0.0      # no condition, nothing to guide
-    for words, cond in prompts:
+        fresh = train_sat.Toys(sat.config, seed=train_sat.HELD_BACK + 1 + args.seed)
+        references = zip(TOYS, fresh) if toys else [(Path(args.ref).stem, loudest_window(args.ref, sat.config))]
+        prompts = [(name, x, embedder(x[None].to(device))[0]) for name, x in references]
+    made = [variations(cond, 1 if toys else args.n) for *_, cond in prompts]
+    for (words, x, _), sounds in zip(prompts, made):
+        if x is not None:
+            page.add(f"{words}.reference", x, rate, write=True)
+            page.add(f"{words}, what the tokenizer allows", reconstruct(sat, x.to(device), args.scales), rate)
         name = re.sub(r"\W+", "-", words).strip("-")[:60] or "text"
-        for i, (y, note) in enumerate(variations(cond, args.n), start=1):
+        for i, (y, note) in enumerate(sounds, start=1):
             page.add(f"{name}.variation-{i}", y, rate, write=True, note=note)
-    page.write(", ".join(words for words, _ in prompts), what)
+    if toys:
+        print_nearest_kinds([sounds[0][0] for sounds in made], fresh)
+    page.write(", ".join(words for words, *_ in prompts), what)
 
 
 def loudest_window(path, config):
@@ -135,29 +138,22 @@ def reconstruct(sat, wav, n):
     return (made / total)[:, :N]
 
 
-def toys(args, sat, embedder, variations, page, what):
-    """Generate a sound from a fresh reference of each toy kind and ask which kind it is nearest to."""
+def print_nearest_kinds(made, fresh):
+    """Print which kind each of ten generated toys is nearest to, by MFCC statistics, which no training uses."""
     from librosa.feature import mfcc
-    rate, kinds, right = sat.config.sample_rate, train_sat.TOYS, 0
 
-    def statistics(wav):
-        c = mfcc(y=wav.squeeze(0).numpy(), sr=rate, n_mfcc=13)       # no training uses this embedding
-        return np.concatenate([c.mean(1), c.std(1)])
-    fresh = train_sat.Toys(sat.config, seed=train_sat.HELD_BACK + 1 + args.seed)
-    known = np.stack([statistics(fresh[i]) for i in range(10, 210)])
-    for kind, x in zip(kinds, fresh):
-        (y, _), = variations(embedder(x[None].to(next(sat.parameters()).device))[0], 1)
-        distance = np.linalg.norm((known - statistics(y)) / known.std(0), axis=1)
-        nearest = kinds[distance.argmin() % 10]
-        right += nearest == kind
-        page.add(f"toy-{kind}.reference", x, rate, write=True)
-        page.add(f"toy-{kind}.variation-1", y, rate, write=True, note=f"nearest to {nearest}")
-    print(f"{right} of 10 generated sounds are nearest, by MFCC statistics, to the kind of their reference")
-    page.write("Toy sounds", what)
+    def statistics(wavs):                                            # a list of n sounds (1, N) -> (n, 26)
+        c = mfcc(y=torch.cat(wavs).numpy(), sr=fresh.config.sample_rate, n_mfcc=13)
+        return np.concatenate([c.mean(2), c.std(2)], 1)
+    known = statistics([fresh[i] for i in range(10, 210)])
+    distance = np.linalg.norm((statistics(made)[:, None] - known) / known.std(0), axis=2)     # (10, 200)
+    nearest = [TOYS[i % 10] for i in distance.argmin(1)]
+    print("nearest kinds, by MFCC statistics:", *nearest)
+    print(sum(map(str.__eq__, nearest, TOYS)), "of 10 generated sounds are nearest to the kind of their reference")
 
 
 def compare_folders(args, device):
-    """Print the Frechet distance of two folders, 1 s of each sound, and of two halves of the reference."""
+    """Print the Frechet distance of two folders, 1 s of each sound."""
     embedder = train_aar.build_embedder("clap" if args.clap else "mel", 24000, args.clap).to(device)
     embeddings = []
     for folder in args.fad:
@@ -168,25 +164,20 @@ def compare_folders(args, device):
         embeddings.append(torch.cat([embedder(x.to(device)).cpu() for x in loader]))
     reference, made = embeddings
     print(f"Frechet distance {train_aar.frechet(made, reference):.3f}: {len(made)} sounds against {len(reference)}")
-    if len(reference) > 3:
-        print(f"Frechet distance {train_aar.frechet(reference[::2], reference[1::2]):.3f}: two halves of the reference")
 
 
 def bench(preset, device):
-    """Print how long each part takes with random weights; a training step is one of the preset's batches."""
+    """Print how long a sound takes with random weights; next-token is that of residual VQ, as in Fig. 3."""
     from torch.utils.benchmark import Timer
-    config, cuda = preset.sat, device.type == "cuda"
-    print(torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads", torch.__version__, "\n")
-    print("| what | batch | ms | ms per clip | calls | ms per call | GB of the GPU |\n| --- |" + " ---: |" * 6)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{name}, {torch.__version__}\n\n| what | batch | ms | ms per clip | per call |\n| --- |" + " ---: |" * 4)
 
     def measure(what, step, *inputs, calls=1):
         work = {"step": aar.graphed(step), "inputs": inputs}
         timer = Timer("step(*inputs)", globals=work, num_threads=torch.get_num_threads())
-        torch.cuda.reset_peak_memory_stats() if cuda else None
         timer.timeit(2)                                              # four calls: three to warm up, then the capture
         ms, B = 1000 * timer.blocked_autorange().median, len(inputs[0])
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0
-        print(f"| {what} | {B} | {ms:.1f} | {ms / B:.2f} | {calls} | {ms / calls:.2f} | {peak:.1f} |", flush=True)
+        print(f"| {what} | {B} | {ms:.1f} | {ms / B:.2f} | {ms / calls:.2f} |", flush=True)
         return ms
 
     def generation(what, config, cond):
@@ -195,24 +186,15 @@ def bench(preset, device):
         model.to(device, aar.fast_dtype(device))
         return measure(what, lambda cond: sat.decode(model.generate(cond, sat, **train_aar.SAMPLING)), cond,
                        calls=sum(map(len, model.blocks_of)))
-
-    sat, discriminators, optimizers, _ = train_sat.build(config, device)
-    wav = 0.1 * torch.randn(preset.plan_sat.batch, 1, config.samples, device=device)
+    sat = aar.SAT(preset.sat).to(device)
+    wav = 0.1 * torch.randn(1, 1, preset.sat.samples, device=device)
     cond = torch.randn(preset.plan_aar.batch, preset.aar.cond_dim, device=device)
-    measure("encode", sat.encode, wav[:1])
-    measure("decode", lambda *r: sat.decode(r), *sat.encode(wav[:1]))
-    generation("next-scale", config, cond)
-    by_scale = generation("next-scale", config, cond[:1])
-    parts = sat, discriminators, optimizers, aar.MelLoss(config.sample_rate).to(device)
-    for what, adversarial in (("step of stage 1", False), ("step of stage 1, discriminators", True)):
-        measure(what, lambda x: train_sat.train_step(*parts, quantize=True, adversarial=adversarial, x=x), wav)
-    model, optimizers, _ = train_aar.build(preset.aar, sat, device, steps=preset.plan_aar.steps)
-    r = torch.randint(config.V, (len(cond), sum(config.scales)), device=device)
-    measure("step of stage 2", lambda r, cond: train_aar.train_step(model, sat, optimizers, r, cond), r, cond)
-    del model, optimizers, parts, sat, discriminators                # what follows needs the memory of none of them
-    # Fig. 3: against residual VQ, 750 tokens a second
-    by_token = generation("next-token", replace(config, schedule="flat", n_scales=10, phis=0), cond[:1])
-    print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | | | | |")
+    measure("encode", sat.encode, wav)
+    measure("decode", lambda *r: sat.decode(r), *sat.encode(wav))
+    generation("next-scale", preset.sat, cond)
+    by_scale = generation("next-scale", preset.sat, cond[:1])
+    by_token = generation("next-token", replace(preset.sat, schedule="flat", n_scales=10, phis=0), cond[:1])
+    print(f"| next-token / next-scale | | {by_token / by_scale:.1f} times | | |")
 
 
 STYLE = """:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
@@ -225,7 +207,7 @@ class Page:
     """A folder of wave files, and in it one HTML file that holds their players and pictures and needs nothing else."""
 
     def __init__(self, folder):
-        self.folder, self.path, self.figures, self.names = Path(folder), Path(folder, "index.html"), [], []
+        self.folder, self.path, self.figures = Path(folder), Path(folder, "index.html"), {}
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and STYLE not in self.path.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{self.path} is not a page of sample.py: give another --out")
@@ -234,9 +216,8 @@ class Page:
         """Show a sound (1, N) on the page, and write it to a file of its own."""
         from librosa.display import specshow
         from matplotlib.figure import Figure
-        if name in self.names:                                       # files of one name in two folders
-            name = f"{len(self.names)}-{name}"
-        self.names.append(name)
+        if name in self.figures:                                     # files of one name in two folders
+            name = f"{len(self.figures)}-{name}"
         if write:
             aar.save_audio(self.folder / f"{name}.wav", wav, sample_rate)
             print(f"wrote {self.folder / name}.wav  {note}")
@@ -251,9 +232,9 @@ class Page:
         figure.savefig(picture, dpi=120)
         data = [base64.b64encode(file.getvalue()).decode() for file in (sound, picture)]
         label = html.escape(f"{name} {note}")
-        self.figures.append(f'<figure><figcaption>{label}</figcaption><audio controls aria-label="{label}" '
-                            f'src="data:audio/flac;base64,{data[0]}"></audio><img alt="Log-mel picture of {label}" '
-                            f'src="data:image/png;base64,{data[1]}"></figure>')
+        self.figures[name] = (f'<figure><figcaption>{label}</figcaption><audio controls aria-label="{label}" '
+                              f'src="data:audio/flac;base64,{data[0]}"></audio><img alt="Log-mel picture of {label}" '
+                              f'src="data:image/png;base64,{data[1]}"></figure>')
 
     def write(self, title, what):
         if not self.figures:
@@ -261,7 +242,7 @@ class Page:
         self.path.write_text(f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
                              '<meta name="viewport" content="width=device-width, initial-scale=1">'
                              f'<style>{STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(what)}</p>'
-                             f'<main>{"".join(self.figures)}</main></html>\n', encoding="utf-8")
+                             f'<main>{"".join(self.figures.values())}</main></html>\n', encoding="utf-8")
         print(f"wrote {self.path}")
 
 
