@@ -456,7 +456,7 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # cosines times 4 at first, at most 100
 
     def forward(self, x, mask=None, cache=None, at=0):
-        """x (B, n, C), positions `at` to `at` + n - 1 -> (B, n, C). `cache` (2, B, H, L, C/H): keys, values so far."""
+        """x (B, n, C), positions `at` to `at` + n - 1 -> (B, n, C). `cache`: keys, values so far, (B, H, L, C/H)."""
         B, n, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)
@@ -465,8 +465,8 @@ class Attention(nn.Module):
         q = (q * (self.log_scale.clamp(max=math.log(100)).exp() / length[0])).to(v.dtype)
         k = (k / length[1]).to(v.dtype)                              # autocast on CUDA made both float32
         if cache is not None:
-            cache[0, :, :, at:at + n], cache[1, :, :, at:at + n] = k, v
-            k, v = cache[..., :at + n, :]                            # only blocks that may be seen, so no mask
+            cache[0][:, :, at:at + n], cache[1][:, :, at:at + n] = k, v
+            k, v = (past[:, :, :at + n] for past in cache)           # only blocks that may be seen, so no mask
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(x.transpose(1, 2).reshape(B, n, C))
 
@@ -565,11 +565,11 @@ class AAR(nn.Module):
         Guidance: the logits are (1 + t_k) conditional - t_k unconditional. t_k grows from 0 to cfg (Fig. 4) or, without
         `ramp`, is cfg. top_k, top_p: see `draw`. It computes in the dtype of the weights: model.bfloat16() is faster.
         """
-        config, B, dtype = self.config, len(cond), self.input.weight.dtype
+        config, B, L, dtype = self.config, len(cond), len(self.level_of), self.input.weight.dtype
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])        # both halves in one batch
         start, mods = self.condition(cond.to(dtype))
-        caches = [start.new_empty(2, len(cond), config.depth, len(self.level_of), 64) for _ in self.layers]   # C/H = 64
+        caches = [[start.new_empty(len(cond), config.depth, L, 64) for _ in "kv"] for _ in self.layers]      # C/H = 64
         f_hat = cond.new_zeros(B, config.latent, sat.config.frames, dtype=torch.float32)
         tokens, at, read = [], 0, None                               # read: what the next block reads, (B, n, D)
         for k in range(len(config.scales)):
@@ -587,7 +587,7 @@ class AAR(nn.Module):
                 if config.next_token:
                     read = sat.quantizer.codebooks[k].codes[r_k[-1]]
             tokens.append(torch.cat(r_k, 1))
-            if not config.next_token and at < len(self.level_of):
+            if not config.next_token and at < L:
                 f_hat = sat.quantizer.add(f_hat, k, tokens[-1])
                 read = down(f_hat, config.scales[k + 1]).mT
         return tokens
