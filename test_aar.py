@@ -93,8 +93,7 @@ def sine(hz, rate, seconds=1.0, amplitude=0.5):
     return amplitude * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
 
 
-def clip(*sounds):
-    """numpy sounds -> (B, 1, N) float32."""
+def clip(*sounds):                                                    # numpy sounds -> (B, 1, N) float32
     return torch.from_numpy(np.stack(sounds)).float()[:, None]
 
 
@@ -542,7 +541,7 @@ def test_muon_makes_all_singular_values_alike(shape, monkeypatch):
     assert (inner - inner.diag().diag()).abs().max() < 1e-3 and (X.double() - U @ inner @ V).abs().max() < 1e-3
     w, idle = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))
     w.grad = G
-    train_sat.Muon([w, idle], torch.tensor(0.01)).step()
+    train_sat.Muon([w, idle], {"lr": torch.tensor(0.01)}).step()
     torch.testing.assert_close(w.detach(), -0.01 * 0.2 * max(shape) ** 0.5 * X, rtol=1e-3, atol=1e-5)
     assert (idle == 1).all()                                          # no gradient, no step
 
@@ -1208,9 +1207,8 @@ def test_sounds_without_a_reference(trained, tmp_path, capsys):
     torch.save(state | {"run": state["run"] | {"sounds": "toys"}}, tmp_path / "toys.pt")
     found = listen(trained | {"aar": tmp_path / "toys.pt"}, tmp_path / "b")
     assert len(found) == 20 and all(f"{kind}.variation-1.wav" in found for kind in TOYS)
-    assert re.search(r"\d of 10 ", capsys.readouterr().out)
     sample.print_nearest_kinds([Toys(SATConfig(), 1)[i] for i in range(10)], Toys(SATConfig()))
-    assert "10 of 10 " in capsys.readouterr().out                     # real toys are of their own kind
+    assert re.findall(r"(\d+) of 10 ", capsys.readouterr().out)[1:] == ["10"]       # real toys are of their own kind
 
 
 def test_sounds_for_words(trained, clap_file, wav_folder, tmp_path, capsys):
@@ -1252,8 +1250,7 @@ def test_bench_prints_its_table(monkeypatch, capsys):
     for (_, B, *parts), calls in zip(rows, (1, 1, 3, 3, 80)):
         ms, per_clip, per_call = map(float, parts)
         assert per_clip == pytest.approx(ms / int(B), abs=0.06) and per_call == pytest.approx(ms / calls, abs=0.06)
-    ratio = float(re.search(r"(\S+) times", out)[1])
-    assert ratio == pytest.approx(float(rows[4][2]) / float(rows[3][2]), rel=0.05, abs=0.1)
+    assert float(re.search(r"(\S+) times", out)[1]) == pytest.approx(float(rows[4][2]) / float(rows[3][2]), rel=0.1)
 
 
 def test_scripts_run_as_a_user_runs_them(trained, wav_folder, tmp_path):

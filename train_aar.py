@@ -204,7 +204,7 @@ def build(config, sat, device, init=None, steps=0):
         torch._dynamo.config.suppress_errors = True                  # where that fails, run them as they are
         for layer in model.layers:
             layer.compile()
-    return model, {"muon": train_sat.Muon(matrices, lr), "adamw": train_sat.adamw(rest, lr, (0.9, 0.95))}, lr
+    return model, {"muon": train_sat.Muon(matrices, {"lr": lr}), "adamw": train_sat.adamw(rest, lr, (0.9, 0.95))}, lr
 
 
 def train(args, sat, embedder, config, plan, device):

@@ -17,7 +17,6 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 import aar
@@ -31,6 +30,7 @@ HELD_BACK = 2 ** 31                     # seed of the windows of held-back clips
 BOUNDS = {"steps": (1, 10 ** 9), "batch": (1, 10 ** 6), "lr": (1e-9, 1), "seed": (0, HELD_BACK - 1), "phis": (0, 16),
           "seconds": (0.25, 60), "rvq": (1, 100), "adversarial_at": (0, 1), "n": (1, 10 ** 6), "scales": (1, 100),
           "cfg": (0, 100), "top_k": (0, 10 ** 6), "top_p": (1e-9, 1)}          # of the numbers of all command lines
+adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True, capturable=True)   # for CUDA graphs
 
 
 def common_arguments(description, out):
@@ -69,13 +69,11 @@ def main(argv=None):
             rate = {"tokens_per_s": sum(sat.config.scales) / sat.config.seconds}
             print(path, rate | evaluate(sat, sounds(args.data, sat.config, args.seed)[1]))
         return
-    config = preset.sat
     if args.init and {args.seconds, args.rvq, args.schedule, args.phis} != {None}:
         raise UserError(f"{args.init} has its own sizes: leave out --seconds, --rvq, --schedule and --phis")
     if args.rvq and {args.schedule, args.phis} != {None}:
         raise UserError("--rvq has flat scales and no phi: leave out --schedule and --phis")
-    if args.rvq:
-        config = replace(config, schedule="flat", n_scales=args.rvq, phis=0)
+    config = replace(preset.sat, schedule="flat", n_scales=args.rvq, phis=0) if args.rvq else preset.sat
     train(args, config, preset.plan_sat, device)
 
 
@@ -107,13 +105,13 @@ def run(main):
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as e:
         message = " ".join(str(e).rpartition("UserError: ")[2].split())              # without a worker's traceback
-        if isinstance(e, RuntimeError) and not isinstance(e, soundfile.SoundFileError):
-            known = ("out of memory", "allocate memory", "shared memory", "failed writing")
-            if not any(words in message for words in known):
-                raise
-            message = message[:200] + " (a smaller --batch needs less)" * ("memory" in message)
-    print("error:", message, file=sys.stderr)
-    sys.exit(2)
+        known = ("out of memory", "allocate memory", "shared memory", "failed writing")
+        foreseen = isinstance(e, soundfile.SoundFileError) or any(words in message for words in known)
+        if isinstance(e, RuntimeError) and not foreseen:
+            raise
+        hint = " (a smaller --batch needs less)" if "memory" in message else ""
+        print(f"error: {message[:1000]}{hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 # --- Sounds: a folder, or toys -----------------------------------------------------------------------------------
@@ -128,13 +126,10 @@ def find_sounds(folder):
     audio = [path for path in paths if path.suffix.lower() in SUFFIXES]
     for path in audio:
         try:
-            seconds = soundfile.info(path).duration if path.is_file() else 0
-        except (OSError, RuntimeError, ValueError):
-            seconds = 0
-        if seconds:
-            found.append((zlib.crc32(os.fsencode(path.relative_to(folder).as_posix())), path, seconds))
-        else:
-            print(f"skipped {path}: cannot be read as sound", file=sys.stderr)
+            aar.load_audio(path, 24000, seconds=0.01)
+            found.append((zlib.crc32(bytes(path.relative_to(folder))), path, soundfile.info(path).duration))
+        except UserError as e:
+            print(f"skipped {e}", file=sys.stderr)
     print(f"{folder}: {len(found)} readable sounds, {len(audio) - len(found)} unreadable, "
           f"{len(paths) - len(audio)} files of other kinds")
     if not found:
@@ -143,14 +138,10 @@ def find_sounds(folder):
 
 
 class Windows:
-    """Windows (1, samples) of what `find_sounds` found: random places that are not silent, every file in turn.
-
-    With `augment` each is shifted by up to 2 semitones (and as much faster or slower) and scaled by up to 6 dB.
-    """
-    augment = False
+    """Windows (1, samples) of what `find_sounds` found: random places that are not silent, every file in turn."""
 
     def __init__(self, files, config, seed):
-        self.files, self.config, self.seed = files, config, seed
+        self.files, self.config, self.seed, self.augment = files, config, seed, False
 
     def __len__(self):
         return len(self.files)
@@ -158,7 +149,7 @@ class Windows:
     def __getitem__(self, i):
         rng, gain = np.random.default_rng((self.seed, i)), 1.0
         rate, samples = self.config.sample_rate, self.config.samples
-        if self.augment:                                             # read at another rate it is higher or lower
+        if self.augment:                                             # pitch: it is read as if it had another rate
             rate, gain = rate * 2 ** (rng.uniform(-2, 2) / 12), 10 ** (rng.uniform(-6, 6) / 20)
         seconds = samples / rate
         for _, path, length in (self.files[j % len(self)] for j in range(i, i + len(self))):
@@ -244,28 +235,17 @@ def orthogonal(G, rounds=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): orthogonal steps, so that all directions of a weight matrix learn equally fast.
-
-    A weight is a matrix (first dimension, the rest).
-    """
-
-    def __init__(self, weights, lr, momentum=0.95):
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
+    """Muon (Jordan et al. 2024): orthogonal steps, so that all directions of a weight matrix learn equally fast."""
 
     @torch.no_grad()
-    def step(self):
+    def step(self, momentum=0.95):
         for group in self.param_groups:
             for w in (w for w in group["params"] if w.grad is not None):
                 if w not in self.state:
                     self.state[w]["momentum"] = torch.zeros_like(w)
-                m = self.state[w]["momentum"].lerp_(w.grad, 1 - group["momentum"])
-                update = orthogonal(w.grad.lerp(m, group["momentum"]).flatten(1))            # Nesterov's
+                m = self.state[w]["momentum"].lerp_(w.grad, 1 - momentum)
+                update = orthogonal(w.grad.lerp(m, momentum).flatten(1))             # Nesterov's, as a matrix
                 w.sub_(0.2 * max(update.shape) ** 0.5 * group["lr"] * update.view_as(w))     # as long as AdamW's steps
-
-
-def adamw(params, lr, betas):
-    """AdamW that a CUDA graph can hold."""
-    return torch.optim.AdamW(params, lr, betas, weight_decay=0.01, fused=True, capturable=lr.is_cuda)
 
 
 def build(config, device, init=None):
@@ -278,7 +258,7 @@ def build(config, device, init=None):
     # Muon takes no gains of weight norm, (c, 1, 1), and no LSTMs, whose large matrices would be slow.
     kernels = [p for p in learned if p.ndim == 3 and p.numel() > len(p)]
     rest = [p for p in learned if all(p is not kernel for kernel in kernels)]
-    return sat, discriminators, {"muon": Muon(kernels, lr), "adamw": adamw(rest, lr, (0.8, 0.99)),
+    return sat, discriminators, {"muon": Muon(kernels, {"lr": lr}), "adamw": adamw(rest, lr, (0.8, 0.99)),
                                  "d_adamw": adamw(discriminators.parameters(), lr, (0.8, 0.99))}, lr
 
 
@@ -291,16 +271,15 @@ def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial,
         y, _, vq = sat(x) if quantize else (sat.decoder(sat.latents(x)).float(), None, x.new_zeros(()))
     losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
     if adversarial:
-        n = (len(x) + 1) // 2                                        # the first half: judging takes most of the time
-        with fast:                                                   # not detached: these maps serve both players
-            real, fake = discriminators(x[:n]), discriminators(y[:n])
+        with fast:                                                   # the first half: judging takes most of the time
+            real, fake = discriminators(x.chunk(2)[0]), discriminators(y.chunk(2)[0])  # not detached: for both players
         losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake),
                    "discriminator": aar.discriminator_loss(real, fake)}
         losses["discriminator"].backward(inputs=list(discriminators.parameters()), retain_graph=True)
-        losses["d_norm"] = nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
+        losses["d_norm"] = torch.nn.utils.clip_grad_norm_(discriminators.parameters(), 1.0)
     loss = sum(weight * losses[name] for name, weight in WEIGHTS.items() if name in losses)
     loss.backward(inputs=[p for p in sat.parameters() if p.requires_grad])     # each player learns from its own loss
-    losses["norm"] = nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
+    losses["norm"] = torch.nn.utils.clip_grad_norm_(sat.parameters(), 1.0)
     for optimizer in optimizers.values():
         optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
@@ -317,8 +296,8 @@ def start(args, kind, config, plan, parts, lr, **settings):
             raise UserError(f"{args.out} has other settings ({'; '.join(differs)}): use the same, or --init")
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-            for group in getattr(part, "param_groups", ()):          # of an optimizer: one lr for all, this device
-                group.update(lr=lr, capturable=lr.is_cuda)
+            for group in getattr(part, "param_groups", ()):          # of an optimizer: one lr for all, on this device
+                group["lr"] = lr
     elif os.path.lexists(args.out):
         raise UserError(f"{args.out} exists: --resume goes on with it, or give another --out")
     out = Path(args.out).resolve()
@@ -333,10 +312,10 @@ def start(args, kind, config, plan, parts, lr, **settings):
 def loop(args, plan, state, parts, lr, one_step, report):
     """Do the steps that are left: one_step(i) -> losses {name: tensor}.
 
-    After every tenth of the plan, and when Ctrl-C (TERM, HUP) stops it, it adds report(i) -> {name: number or list} to
-    the log, draws the curves and saves. What a step draws depends on the seed and i only, so --resume is exact.
+    At every tenth of the plan, every ten minutes and at Ctrl-C (TERM, HUP), it logs the mean losses and report(i) ->
+    {name: number or list}, draws and saves. What a step draws depends on the seed and i only, so --resume is exact.
     """
-    pending, rows, seconds, saved, stop = [], [], 0.0, time.time(), []
+    pending, rows, stop, since = [], [], [], time.time()
 
     def ask(number, _):
         stop.append(number)
@@ -346,12 +325,11 @@ def loop(args, plan, state, parts, lr, one_step, report):
             signal.signal(number, ask)
     bar = tqdm(range(state["step"], plan.steps), initial=state["step"], total=plan.steps, unit="step")
     for step in bar:
-        since, done = time.time(), step + 1
         torch.manual_seed(args.seed + step)
         lr.fill_(learning_rate(step, plan))
-        losses = one_step(step)
+        losses, done = one_step(step), step + 1
         pending.append((list(losses), torch.stack(list(losses.values()))))           # a copy: a graph reuses its own
-        due = bool(stop) or done == plan.steps or done % max(1, plan.steps // 10) == 0
+        due = stop or done == plan.steps or done % max(1, plan.steps // 10) == 0 or time.time() > since + 600
         if due or len(pending) == 10:                                # only here the program waits for the device
             for i, (names, values) in enumerate(pending, done - len(pending)):
                 rows.append(dict(zip(names, values.tolist())))
@@ -359,20 +337,18 @@ def loop(args, plan, state, parts, lr, one_step, report):
                     raise UserError(f"step {i}: {bad[0]} is not finite; the last checkpoint is kept; lower --lr")
             pending = []
             bar.set_postfix(rows[-1], refresh=False)
-        seconds += time.time() - since
         if due:
             means = {name: np.mean([row[name] for row in rows if name in row]) for name in rows[-1]}
-            row = {"step": done, "s_per_step": seconds / len(rows)} | means | report(step)
+            row = {"step": done, "s_per_step": (time.time() - since) / len(rows)} | means | report(step)
             state["history"].append({name: np.round(value, 3).tolist() for name, value in row.items()})
             bar.write(str(state["history"][-1]))
             draw_curves(Path(args.out).with_suffix(".png"), state["history"])
-            rows, seconds = [], 0.0
-        if due or (not pending and time.time() > saved + 600):       # no pending losses: all are finite
-            saved, state["parts"] = time.time(), {name: part.state_dict() for name, part in parts.items()}
-            aar.save(args.out, state | {"step": done})
-        if due and stop and done < plan.steps:
-            bar.close()
-            raise UserError(f"stopped after {done} of {plan.steps} steps; --resume goes on")
+            state |= {"step": done, "parts": {name: part.state_dict() for name, part in parts.items()}}
+            aar.save(args.out, state)
+            if stop and done < plan.steps:
+                bar.close()
+                raise UserError(f"stopped after {done} of {plan.steps} steps; --resume goes on")
+            rows, since = [], time.time()
 
 
 def draw_curves(path, history):
