@@ -69,7 +69,7 @@ class AARConfig:
     latent: int = 64                    # D of the tokenizer
     V: int = 1024
     depth: int = 16
-    cond_dim: int = 512                 # numbers in the condition
+    cond_dim: int = 512                 # length of the condition vector
     cond_drop: float = 0.1              # fraction of clips whose condition is hidden in training, for guidance
     next_token: bool = False            # the baseline of Fig. 3: one token per step over the flattened tokens
 
@@ -105,7 +105,7 @@ def scale_schedule(kind: str, frames: int, n: int) -> tuple[int, ...]:
     """The number of tokens s_1 .. s_n of each scale; it ends in `frames` and never decreases (Fig. 5).
 
     The square root of s_k grows evenly (quadratic), or s_k itself (linear), or its logarithm (log); flat is `frames` at
-    every scale: residual VQ. Raises KeyError for another kind, ValueError if there are more scales than frames.
+    every scale: residual VQ. Raises KeyError for another kind, ValueError for more scales than frames (but if flat).
     """
     if n < 1 or frames < 1 or (n > frames and kind != "flat"):
         raise ValueError(f"{n} scales do not fit {frames} latent frames: ask for 1 to {frames} scales")
@@ -186,7 +186,7 @@ class MSRQ(nn.Module):
         n, K = len(self.phis), len(self.scales)
         if n == 0:
             return h
-        ticks = np.linspace(0.5 / n, 1 - 0.5 / n, n)                 # the nearest counts, as in VAR
+        ticks = np.linspace(0.5 / n, 1 - 0.5 / n, n)                 # phi i is at ticks[i], scale k at k / (K - 1)
         return 0.5 * h + 0.5 * self.phis[np.abs(ticks - k / max(K - 1, 1)).argmin()](h)
 
     def add(self, f_hat, k, r_k):
@@ -208,7 +208,7 @@ class MSRQ(nn.Module):
 
     def forward(self, f):
         """Latents f (B, D, T) -> quantized latents (B, D, T), tokens, loss; in training the codebooks learn."""
-        with autocast(f.device, torch.float32):                      # no bfloat16 where codes are chosen
+        with autocast(f.device, torch.float32):                      # of this file: off, since codes are chosen here
             f = f.float()
             tokens, f_hats, residuals = self.quantize(f)
             # Same value, different gradients: the commitment loss trains the encoder, the second one the phis.
@@ -231,7 +231,7 @@ class MSRQ(nn.Module):
 # --- Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left) --------------------------------------------------
 def conv(c_in, c_out, kernel, stride=1, transposed=False, gain=1.0):
     """Weight-normalized convolution (B, c_in, N) -> (B, c_out, N / stride), or N * stride if transposed."""
-    padding = (kernel - stride + 1) // 2                             # per side; if one too many, it is never read
+    padding = (kernel - stride + 1) // 2                             # per side; if one too many, it stays unread
     if transposed:
         module = nn.ConvTranspose1d(c_in, c_out, kernel, stride, padding, output_padding=(kernel - stride) % 2)
     else:
@@ -270,7 +270,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: SATConfig):
         c = config.width
-        layers = [conv(1, c, 7, gain=8)]                             # sounds have RMS 1/8: near 0, ELU is almost linear
+        layers = [conv(1, c, 7, gain=8)]                             # sounds have RMS 1/8; ELU bends near 1
         for r in config.strides:
             layers += [Residual(c), nn.ELU(), conv(c, 2 * c, 2 * r, stride=r)]
             c *= 2
@@ -401,7 +401,7 @@ def feature_loss(real, fake):
 
 
 class Mel(nn.Module):
-    """Mel spectrogram of magnitudes, (B, 1, N) -> (B, n_mels, frames); a full-scale sine has 1 (0 dB) in its bin."""
+    """Mel spectrogram, (B, 1, N) -> (B, n_mels, frames): sums of STFT magnitudes, where a full-scale sine peaks at 1."""
 
     def __init__(self, sample_rate, window, n_mels):
         super().__init__()
@@ -435,10 +435,10 @@ class MelLoss(nn.Module):
 
 
 def wave_loss(x, y):
-    """Energy of x - y below 3 kHz (averages of 4 samples at 24 kHz) over all energy of x; (B, 1, N). Not in the paper.
+    """Energy of x - y, mostly below 3 kHz (means of 4 samples at 24 kHz), divided by that of x. Not in the paper.
 
     Spectral losses ignore phase, and the L1 loss in time is too weak to teach it. Above 3 kHz phases cannot be guessed:
-    there this loss would only make noise too quiet. The added 1e-5 is -50 dB.
+    the best guess for this loss would be silence, so noise would become too quiet. The added 1e-5 is -50 dB.
     """
     error = F.avg_pool1d(x - y, 4)
     return (error.square().mean(-1) / (x.square().mean(-1) + 1e-5)).mean()
@@ -456,7 +456,7 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((H, 1, 1), math.log(4)))     # cosines times 4 at first, at most 100
 
     def forward(self, x, mask=None, cache=None, at=0):
-        """x (B, n, C), positions `at` to `at` + n - 1 -> (B, n, C). `cache`: keys, values so far, (B, H, L, C/H)."""
+        """x (B, n, C), positions `at` to `at` + n - 1 -> (B, n, C). `cache`: keys and values, each (B, H, L, C/H)."""
         B, n, C = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.H, C // self.H).permute(2, 0, 3, 1, 4)
@@ -472,12 +472,12 @@ class Attention(nn.Module):
 
 
 def modulate(x, scale, shift):
-    """AdaLN: layer_norm(x) * (1 + scale) + shift, both from the condition. addcmul(a, b, c) is a + b * c, fused."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    """AdaLN: layer_norm(x) * scale + shift, both made of the condition. addcmul(a, b, c) is a + b * c, fused."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), scale)
 
 
 class Layer(nn.Module):
-    """Layer of the transformer. `mod` (B, 6, 1, C) is adaln(condition), which AAR.condition computes once per clip."""
+    """Layer of the transformer. `mod` (B, 6, 1, C): gates, 1 + scales, shifts, by AAR.condition once for each clip."""
 
     def __init__(self, C, H):
         super().__init__()
@@ -526,25 +526,27 @@ class AAR(nn.Module):
         level_of = torch.tensor([k for k, s in enumerate(config.scales) for _ in range(s)])  # (L,): k of each
         self.register_buffer("level_of", level_of, persistent=False)
         self.register_buffer("mask", block_mask(blocks), persistent=False)                              # (L, L)
-        nn.init.normal_(self.cond[0].weight, std=0.7)                # the entries of a unit vector are small
+        nn.init.normal_(self.cond[0].weight, std=0.7)                # of a unit vector: each output has std 0.7
         for linear in (self.head, self.head_adaln[1], *(layer.adaln[1] for layer in self.layers)):
             nn.init.zeros_(linear.weight)                            # the first loss is ln V
             nn.init.zeros_(linear.bias)
         for layer in self.layers:
             layer.attention.proj.weight.data /= math.sqrt(2 * config.depth)      # 2 d branches add to the stream
             layer.mlp[2].weight.data /= math.sqrt(2 * config.depth)
-            layer.adaln[1].bias.data[:2 * C] = 1.0                   # every clip starts with gates 1, the rest 0
+            layer.adaln[1].bias.data[:2 * C] = 1.0                   # gates and 1 + scale start at 1, shifts at 0
 
     def condition(self, cond):
         """cond (B, cond_dim) -> start token (B, 1, C), modulations of layers (B, 6, 1, C) and head (B, 2, 1, C)."""
         c = self.cond(cond)
         mods = [layer.adaln(c).view(len(c), 6, 1, -1) for layer in self.layers]
-        return c[:, None], [*mods, self.head_adaln(c).view(len(c), 2, 1, -1)]
+        head = self.head_adaln(c).view(len(c), 2, 1, -1)
+        for scales in (*(mod[:, 2:4] for mod in mods), head[:, :1]):
+            scales += 1                                              # here, not again for every block
+        return c[:, None], [*mods, head]
 
     def logits(self, x, mods, mask=None, caches=None, at=0):
         """Inputs x (B, n, C), positions `at` to `at` + n - 1 -> logits (B, n, V): for training and generation."""
-        here = slice(at, at + x.shape[1])
-        x = x + self.level[self.level_of[here]] + self.position[here]
+        x = x + (self.level[self.level_of] + self.position)[at:at + x.shape[1]]
         for i, layer in enumerate(self.layers):
             x = layer(x, mods[i], mask, caches and caches[i], at)
         return self.head(modulate(x, *mods[-1].unbind(1))).float()
@@ -571,13 +573,11 @@ class AAR(nn.Module):
         start, mods = self.condition(cond.to(dtype))
         caches = [[start.new_empty(len(cond), config.depth, L, 64) for _ in "kv"] for _ in self.layers]      # C/H = 64
         f_hat = cond.new_zeros(B, config.latent, sat.config.frames, dtype=torch.float32)
-        tokens, at, read = [], 0, None                               # read: what the next block reads, (B, n, D)
+        tokens, at, read = [], 0, None                               # read (B, n, D): what both halves read next
         for k in range(len(config.scales)):
             r_k = []
             for n in self.blocks_of[k]:
-                x = start.expand(-1, n, -1)
-                if at:                                               # both halves of guidance read the same tokens
-                    x = self.input(read.to(dtype)).repeat(len(cond) // B, 1, 1)
+                x = self.input(read.to(dtype)).repeat(len(cond) // B, 1, 1) if at else start.expand(-1, n, -1)
                 logits = self.logits(x, mods, caches=caches, at=at)
                 if cfg:
                     t = cfg * k / max(len(config.scales) - 1, 1) if ramp else cfg
@@ -602,7 +602,7 @@ def draw(logits, top_k=0, top_p=1.0, generator=None):
         drop = p.cumsum(-1) - p >= max(top_p, 1e-9)                  # those before it hold enough
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)         # back in the order of the codes
     noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)                   # as multinomial, without waiting for the device
+    return (logits.softmax(-1) / noise).argmax(-1)                   # samples as multinomial does, but never waits
 
 
 # === Here the method ends. Below: precision, CUDA graphs, sound files, checkpoints ==================================
@@ -622,8 +622,8 @@ def fast_dtype(device, convolutions=False):
 def graphed(step, generator=None):
     """`step`, a function of tensors, as a CUDA graph: one launch, not thousands. `generator`: what it draws from.
 
-    Calls 1 to 3 run as they are, call 4 is captured; it and later ones replay into the same (detached) output tensors.
-    Without CUDA, for shapes other than the first call's, or if the capture fails, it is `step` itself.
+    Calls 1 to 3 run as they are, call 4 is captured; it and later ones replay, each into the same output tensors, which
+    `step` must detach. Without CUDA, for shapes other than the first call's, or if the capture fails, it is `step`.
     """
     static, calls, side, graph, out = [], 0, None, None, None        # graph: False after a capture that failed
 
@@ -636,7 +636,7 @@ def graphed(step, generator=None):
             a.copy_(b)
         calls += 1
         rng, stream = generator or torch.cuda.default_generators[device.index], torch.cuda.current_stream(device)
-        with torch.cuda.device(device), torch.cuda.stream(stream):   # a failed capture leaves `side` the current one
+        with torch.cuda.device(device), torch.cuda.stream(stream):   # also restored after a failed capture
             if calls <= 3:                                           # warm-up, on the stream of the capture
                 torch.cuda.synchronize()
                 with torch.cuda.stream(side := side or torch.cuda.Stream()):
@@ -646,12 +646,12 @@ def graphed(step, generator=None):
             if calls == 4:
                 graph, state = torch.cuda.CUDAGraph(), rng.get_state()
                 try:
-                    getattr(graph, "register_generator_state", lambda _: None)(rng)    # newer PyTorch does it itself
-                    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # not of loaders
+                    getattr(graph, "register_generator_state", lambda _: None)(rng)    # some PyTorch does it itself
+                    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # loaders go on
                         out = step(*static)
                 except RuntimeError as e:
                     print(f"no CUDA graph ({e.__context__ or e!r:.100}): kernels run one by one", file=sys.stderr)
-                    graph = False                                    # the generator still counts as captured: reset it
+                    graph = False                                    # the generator is still in capture mode: reset it
                     rng.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
                     rng.set_state(state)
         if graph is False:

@@ -3,7 +3,7 @@
     python sample.py --ref dog.wav -n 4             variations of a sound
     python sample.py --text "a dog barks" "rain"    sounds for words (a generator with CLAP)
     python sample.py --reconstruct *.wav            files of any length through the tokenizer
-    python sample.py                                toy generator: a sound of each kind; others: without a condition
+    python sample.py                                a sound of each toy kind, or with other generators of any kind
     python sample.py --fad sounds/ made/            Frechet distance of two folders of sounds
     python sample.py --bench --preset paper         how long a sound takes on this machine, with random weights
 
@@ -32,7 +32,7 @@ from train_sat import TOYS
 def arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--ref", metavar="FILE", help="sound to make variations of; of a longer one the loudest window")
+    what.add_argument("--ref", metavar="FILE", help="sound to make variations of; if it is long, its loudest window")
     what.add_argument("--text", metavar="WORDS", nargs="+", help="what to make sounds of; each argument is a prompt")
     what.add_argument("--reconstruct", metavar="FILE", nargs="+", help="send files through the tokenizer and back")
     what.add_argument("--fad", metavar=("REFERENCE", "MADE"), nargs=2, help="Frechet distance of two folders")
@@ -44,8 +44,8 @@ def arguments(argv=None):
     p.add_argument("-n", type=int, default=4, help="how many sounds (default: 4)")
     p.add_argument("--scales", type=int, metavar="K", help="decode only the first K scales (default: all)")
     p.add_argument("--cfg", type=float, help="guidance; 0: none (default: 2; the authors': from 0 to 4)")
-    p.add_argument("--top-k", type=int, help="draw from the K likeliest codes; 0: all (default: 0; the authors': 200)")
-    p.add_argument("--top-p", type=float, help="and that hold this probability (default: 0.5; the authors': 0.95)")
+    p.add_argument("--top-k", type=int, help="draw from that many likeliest codes; 0: all (default: 0; authors': 200)")
+    p.add_argument("--top-p", type=float, help="and that hold this much probability (default: 0.5; authors': 0.95)")
     p.add_argument("--seed", type=int, default=0, help="of the sounds (default: 0)")
     p.add_argument("--device", help="default: cuda, else mps, else cpu")
     p.add_argument("--out", default="samples", help="folder to write into (default: samples)")
@@ -75,15 +75,17 @@ def main(argv=None):
     kind, theirs, embedder = model.embedder["kind"], "published" in model.embedder, None
     how = {"cfg": 4.0, "top_k": 200, "top_p": 0.95, "ramp": True} if theirs else train_aar.SAMPLING
     how = how | {name: value for name, value in vars(args).items() if name in how and value is not None}
+    toys = model.embedder.get("toys") and not args.ref and not args.text
+    if args.ref or args.text or toys:
+        embedder = train_aar.build_embedder(kind, rate, args.clap, model.embedder.get("fingerprint")).to(device)
+    else:                                                            # no condition, nothing to guide
+        kind, how["cfg"], prompts = "none", 0.0, [("sound", None, model.null.detach().float())]
     what = ("The authors’ weights. " * theirs + f"Guidance {'0 to ' * theirs}{how['cfg']:g}, top-k {how['top_k']}, "
             f"top-p {how['top_p']:g}, seed {args.seed}, condition {kind}. Similarity: cosine of the conditions.")
     print(what)
     model.to(aar.fast_dtype(device))
     how["generator"] = generator = torch.Generator(device).manual_seed(args.seed)
     make = aar.graphed(lambda cond: sat.decode(model.generate(cond, sat, **how)[:args.scales]), generator)
-    toys = model.embedder.get("toys") and not args.ref and not args.text
-    if args.ref or args.text or toys:
-        embedder = train_aar.build_embedder(kind, rate, args.clap, model.embedder.get("fingerprint")).to(device)
 
     def variations(cond, n):
         """n pairs (sound, note). With our weights the n most similar of 4 n sounds, the best first."""
@@ -98,22 +100,19 @@ def main(argv=None):
         raise UserError(f"{args.aar} was trained with --embedder {kind}, which knows no words")
     if args.text:
         prompts = [(words, None, cond) for words, cond in zip(args.text, embedder.text(args.text))]
-    elif embedder is None:                                           # no condition, nothing to guide
-        prompts, how["cfg"] = [("sound", None, model.null.detach().float())], 0.0
-    else:
+    elif embedder:
         fresh = train_sat.Toys(sat.config, seed=train_sat.HELD_BACK + 1 + args.seed)
         references = zip(TOYS, fresh) if toys else [(Path(args.ref).stem, loudest_window(args.ref, sat.config))]
         prompts = [(name, x, embedder(x[None].to(device))[0]) for name, x in references]
-    made = [variations(cond, 1 if toys else args.n) for *_, cond in prompts]
-    for (words, x, _), sounds in zip(prompts, made):
+    for words, x, cond in prompts:
         if x is not None:
             page.add(f"{words}.reference", x, rate, write=True)
-            page.add(f"{words}, what the tokenizer allows", reconstruct(sat, x.to(device), args.scales), rate)
+            page.add(f"{words}.reconstruction", reconstruct(sat, x.to(device), args.scales), rate)
         name = re.sub(r"\W+", "-", words).strip("-")[:60] or "text"
-        for i, (y, note) in enumerate(sounds, start=1):
+        for i, (y, note) in enumerate(variations(cond, 1 if toys else args.n), start=1):
             page.add(f"{name}.variation-{i}", y, rate, write=True, note=note)
     if toys:
-        print_nearest_kinds([sounds[0][0] for sounds in made], fresh)
+        print_nearest_kinds(page.folder, fresh)
     page.write(", ".join(words for words, *_ in prompts), what)
 
 
@@ -129,7 +128,7 @@ def loudest_window(path, config):
 def reconstruct(sat, wav, n):
     """A sound of any length, (1, N), through the first n scales: windows that overlap by a tenth are cross-faded."""
     N, size, fade = wav.shape[1], sat.config.samples, sat.config.samples // 10
-    wav = F.pad(wav, (0, max(size - N, (fade - N) % (size - fade))))
+    wav = F.pad(wav, (0, max(size - N, (fade - N) % (size - fade))))             # to whole windows
     windows = wav.unfold(1, size, size - fade).transpose(0, 1)       # (windows, 1, size)
     y = torch.cat([sat.decode(sat.encode(window[None])[:n]) for window in windows])
     weight = torch.minimum(torch.arange(1, size + 1), torch.arange(size, 0, -1)).clamp(max=fade).to(wav)
@@ -138,14 +137,15 @@ def reconstruct(sat, wav, n):
     return (made / total)[:, :N]
 
 
-def print_nearest_kinds(made, fresh):
-    """Print which kind each of ten generated toys is nearest to, by MFCC statistics, which no training uses."""
+def print_nearest_kinds(folder, fresh):
+    """Print which kind each generated toy in a folder is nearest to, by mean and deviation of its MFCCs over time."""
     from librosa.feature import mfcc
 
     def statistics(wavs):                                            # a list of n sounds (1, N) -> (n, 26)
-        c = mfcc(y=torch.cat(wavs).numpy(), sr=fresh.config.sample_rate, n_mfcc=13)
+        c = np.stack([mfcc(y=wav[0].numpy(), sr=fresh.config.sample_rate, n_mfcc=13) for wav in wavs])
         return np.concatenate([c.mean(2), c.std(2)], 1)
     known = statistics([fresh[i] for i in range(10, 210)])
+    made = [aar.load_audio(folder / f"{kind}.variation-1.wav", fresh.config.sample_rate) for kind in TOYS]
     distance = np.linalg.norm((statistics(made)[:, None] - known) / known.std(0), axis=2)     # (10, 200)
     nearest = [TOYS[i % 10] for i in distance.argmin(1)]
     print("nearest kinds, by MFCC statistics:", *nearest)
@@ -153,7 +153,7 @@ def print_nearest_kinds(made, fresh):
 
 
 def compare_folders(args, device):
-    """Print the Frechet distance of two folders, 1 s of each sound."""
+    """Print the Frechet distance of the embeddings of two folders, 1 s of each sound; CLAP with --clap, else mel."""
     embedder = train_aar.build_embedder("clap" if args.clap else "mel", 24000, args.clap).to(device)
     embeddings = []
     for folder in args.fad:
@@ -169,13 +169,13 @@ def compare_folders(args, device):
 def bench(preset, device):
     """Print how long a sound takes with random weights; next-token is that of residual VQ, as in Fig. 3."""
     from torch.utils.benchmark import Timer
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{name}, {torch.__version__}\n\n| what | batch | ms | ms per clip | per call |\n| --- |" + " ---: |" * 4)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{name}, {torch.__version__}\n\n| what | batch | ms | ms per clip | per step |\n| --- |" + " ---: |" * 4)
 
     def measure(what, step, *inputs, calls=1):
         work = {"step": aar.graphed(step), "inputs": inputs}
         timer = Timer("step(*inputs)", globals=work, num_threads=torch.get_num_threads())
-        timer.timeit(2)                                              # four calls: three to warm up, then the capture
+        timer.timeit(2)                                              # 2 calls + 2 of its own: warm-up and capture
         ms, B = 1000 * timer.blocked_autorange().median, len(inputs[0])
         print(f"| {what} | {B} | {ms:.1f} | {ms / B:.2f} | {ms / calls:.2f} |", flush=True)
         return ms
@@ -213,10 +213,10 @@ class Page:
             raise UserError(f"{self.path} is not a page of sample.py: give another --out")
 
     def add(self, name, wav, sample_rate, write=False, note=""):
-        """Show a sound (1, N) on the page, and write it to a file of its own."""
+        """Show the first 10 s of a sound (1, N) on the page; with `write` save all of it in a file of its own."""
         from librosa.display import specshow
         from matplotlib.figure import Figure
-        if name in self.figures:                                     # files of one name in two folders
+        while name in self.figures:                                  # files of one name in two folders
             name = f"{len(self.figures)}-{name}"
         if write:
             aar.save_audio(self.folder / f"{name}.wav", wav, sample_rate)

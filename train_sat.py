@@ -6,6 +6,7 @@
 import argparse
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ TOYS = ("kick", "snare", "hat", "pluck", "bell", "siren", "bird", "wind", "buzz"
 HELD_BACK = 2 ** 31                     # seed of the windows of held-back clips: the same for every --seed
 BOUNDS = {"steps": (1, 10 ** 9), "batch": (1, 10 ** 6), "lr": (1e-9, 1), "seed": (0, HELD_BACK - 1), "phis": (0, 16),
           "seconds": (0.25, 60), "rvq": (1, 100), "adversarial_at": (0, 1), "n": (1, 10 ** 6), "scales": (1, 100),
-          "cfg": (0, 100), "top_k": (0, 10 ** 6), "top_p": (1e-9, 1)}          # of the numbers of all command lines
+          "cfg": (0, 100), "top_k": (0, 10 ** 6), "top_p": (1e-9, 1)}          # of the numbers on all command lines
 adamw = functools.partial(torch.optim.AdamW, weight_decay=0.01, fused=True, capturable=True)   # for CUDA graphs
 
 
@@ -78,7 +79,7 @@ def main(argv=None):
 
 
 def begin(args):
-    """The device, and the preset, whose fields the command line's options of the same name change. Raises UserError."""
+    """The device, and the preset with the command line's options in place of its fields. Raises UserError."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name, (low, high) in BOUNDS.items():
         if name in given and not (low <= np.min(given[name]) and np.max(given[name]) <= high):
@@ -89,7 +90,7 @@ def begin(args):
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {args.device}: {str(e).splitlines()[0]}; the best here is {best}")
-    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # suspected of a crash of layers that are compiled
+    os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # suspected of crashing compiled layers
     name = args.preset or ("base" if device.type == "cuda" else "tiny")
     print(f"device {device}, preset {name}" + (": about 10 + 15 hours on an H100" if name == "paper" else ""))
     given.pop("scales", None)                                        # sample.py's means something else
@@ -105,12 +106,11 @@ def run(main):
         sys.exit(130)
     except (UserError, OSError, RuntimeError) as e:
         message = " ".join(str(e).rpartition("UserError: ")[2].split())              # without a worker's traceback
-        known = ("out of memory", "allocate memory", "shared memory", "failed writing")
-        foreseen = isinstance(e, soundfile.SoundFileError) or any(words in message for words in known)
-        if isinstance(e, RuntimeError) and not foreseen:
-            raise
-        hint = " (a smaller --batch needs less)" if "memory" in message else ""
-        print(f"error: {message[:1000]}{hint}", file=sys.stderr)
+        if isinstance(e, RuntimeError) and not isinstance(e, soundfile.SoundFileError):
+            if not re.search("(out of|allocate|shared) memory|failed writing", message):
+                raise
+            message = message[:200] + " (a smaller --batch needs less)" * ("memory" in message)
+        print("error:", message, file=sys.stderr)
         sys.exit(2)
 
 
@@ -126,9 +126,9 @@ def find_sounds(folder):
     audio = [path for path in paths if path.suffix.lower() in SUFFIXES]
     for path in audio:
         try:
-            aar.load_audio(path, 24000, seconds=0.01)
+            aar.load_audio(path, 24000, seconds=0.01)                # can its beginning be read?
             found.append((zlib.crc32(bytes(path.relative_to(folder))), path, soundfile.info(path).duration))
-        except UserError as e:
+        except (UserError, OSError, RuntimeError) as e:
             print(f"skipped {e}", file=sys.stderr)
     print(f"{folder}: {len(found)} readable sounds, {len(audio) - len(found)} unreadable, "
           f"{len(paths) - len(audio)} files of other kinds")
@@ -138,7 +138,7 @@ def find_sounds(folder):
 
 
 class Windows:
-    """Windows (1, samples) of what `find_sounds` found: random places that are not silent, every file in turn."""
+    """Windows (1, samples) of files: item i, for any i >= 0, is a random place of file i % len that is not silent."""
 
     def __init__(self, files, config, seed):
         self.files, self.config, self.seed, self.augment = files, config, seed, False
@@ -149,13 +149,13 @@ class Windows:
     def __getitem__(self, i):
         rng, gain = np.random.default_rng((self.seed, i)), 1.0
         rate, samples = self.config.sample_rate, self.config.samples
-        if self.augment:                                             # pitch: it is read as if it had another rate
+        if self.augment:                                             # read at one rate, played at another: shifted
             rate, gain = rate * 2 ** (rng.uniform(-2, 2) / 12), 10 ** (rng.uniform(-6, 6) / 20)
         seconds = samples / rate
         for _, path, length in (self.files[j % len(self)] for j in range(i, i + len(self))):
             wavs = []
             try:
-                while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # std: offsets are silent
+                while len(wavs) < 4 and all(wav.std(correction=0) <= 1e-3 for wav in wavs):  # offsets are silent
                     wavs.append(aar.load_audio(path, rate, rng.uniform(0, max(0.0, length - seconds)), seconds))
                 wav = max(wavs, key=lambda wav: wav.std(correction=0))
                 wav = wav * min(gain, 1 / (wav.abs().max().item() + 1e-9))
@@ -195,7 +195,7 @@ class Toys(Windows):
 
 
 def sounds(folder, config, seed=0):
-    """(Training set; held-back set: 5% of the files by hash, 2 to 256; a key that changes when the sounds do)."""
+    """(Training set; held-back set: 5% of the files by hash, at most 256; a key that changes with the files)."""
     if folder is None:
         return Toys(config, seed), Toys(config, HELD_BACK), "toys"
     files = find_sounds(folder)
@@ -209,9 +209,9 @@ def sounds(folder, config, seed=0):
 
 def batches(data, batch, items):
     """Batches (B, 1, N) of data[i] for i in `items`, decoded ahead in other processes."""
-    ask = signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C must not end those
+    ask = signal.signal(signal.SIGINT, signal.SIG_IGN)               # they inherit it: Ctrl-C must not end them
     workers, cuda = max(1, min(4, os.cpu_count() // 2)), torch.cuda.is_initialized()
-    loader = iter(torch.utils.data.DataLoader(data, batch, None, items, num_workers=workers, pin_memory=cuda))
+    loader = iter(torch.utils.data.DataLoader(data, batch, sampler=items, num_workers=workers, pin_memory=cuda))
     signal.signal(signal.SIGINT, ask)
     return loader
 
@@ -224,7 +224,7 @@ def learning_rate(step, plan):
 
 
 def orthogonal(G, rounds=5):
-    """Newton-Schulz: a matrix G = U S V^T -> about U V^T (singular values 0.7 to 1.2, smaller below 0.0014 |G|)."""
+    """Newton-Schulz: a matrix G = U S V^T -> about U V^T: singular values 0.7 to 1.2, less where S < 0.0014 |G|."""
     tall = len(G) > G.shape[1]
     X = ((G.mT if tall else G) / G.norm().clamp(min=1e-7)).to(aar.fast_dtype(G.device))
     for _ in range(rounds):
@@ -236,15 +236,16 @@ def orthogonal(G, rounds=5):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): orthogonal steps, so that all directions of a weight matrix learn equally fast."""
+    momentum = 0.95
 
     @torch.no_grad()
-    def step(self, momentum=0.95):
+    def step(self):
         for group in self.param_groups:
             for w in (w for w in group["params"] if w.grad is not None):
                 if w not in self.state:
                     self.state[w]["momentum"] = torch.zeros_like(w)
-                m = self.state[w]["momentum"].lerp_(w.grad, 1 - momentum)
-                update = orthogonal(w.grad.lerp(m, momentum).flatten(1))             # Nesterov's, as a matrix
+                m = self.state[w]["momentum"].lerp_(w.grad, 1 - self.momentum)
+                update = orthogonal(w.grad.lerp(m, self.momentum).flatten(1))     # Nesterov momentum, as a matrix
                 w.sub_(0.2 * max(update.shape) ** 0.5 * group["lr"] * update.view_as(w))     # as long as AdamW's steps
 
 
@@ -271,8 +272,9 @@ def train_step(sat, discriminators, optimizers, mel_loss, quantize, adversarial,
         y, _, vq = sat(x) if quantize else (sat.decoder(sat.latents(x)).float(), None, x.new_zeros(()))
     losses = {"time": (x - y).abs().mean(), "wave": aar.wave_loss(x, y), "mel": mel_loss(x, y), "vq": vq}
     if adversarial:
-        with fast:                                                   # the first half: judging takes most of the time
-            real, fake = discriminators(x.chunk(2)[0]), discriminators(y.chunk(2)[0])  # not detached: for both players
+        x, y = x.chunk(2)[0], y.chunk(2)[0]                          # half of them: judging takes most of the time
+        with fast:                                                   # not detached: these maps serve both players
+            real, fake = discriminators(x), discriminators(y)
         losses |= {"adversarial": aar.adversarial_loss(fake), "feature": aar.feature_loss(real, fake),
                    "discriminator": aar.discriminator_loss(real, fake)}
         losses["discriminator"].backward(inputs=list(discriminators.parameters()), retain_graph=True)
@@ -297,12 +299,12 @@ def start(args, kind, config, plan, parts, lr, **settings):
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
             for group in getattr(part, "param_groups", ()):          # of an optimizer: one lr for all, on this device
-                group["lr"] = lr
+                group.update(lr=lr, capturable=True)
     elif os.path.lexists(args.out):
         raise UserError(f"{args.out} exists: --resume goes on with it, or give another --out")
     out = Path(args.out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    inside = args.data and out.is_relative_to(Path(args.data).resolve())     # what is written there would be heard
+    inside = args.data and out.is_relative_to(Path(args.data).resolve())     # else sat.wav becomes a training sound
     if inside or out.suffix not in (".pt", ".pth") or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {args.out}: must end in .pt, in a folder that can be written, outside of --data")
     print(f"{sum(p.numel() for p in parts[kind].parameters()) / 1e6:.2f} M parameters, scales {config.scales}")
@@ -313,7 +315,7 @@ def loop(args, plan, state, parts, lr, one_step, report):
     """Do the steps that are left: one_step(i) -> losses {name: tensor}.
 
     At every tenth of the plan, every ten minutes and at Ctrl-C (TERM, HUP), it logs the mean losses and report(i) ->
-    {name: number or list}, draws and saves. What a step draws depends on the seed and i only, so --resume is exact.
+    {name: number or list}, plots and saves. The random numbers of step i depend on i and the seed: --resume is exact.
     """
     pending, rows, stop, since = [], [], [], time.time()
 
@@ -328,7 +330,7 @@ def loop(args, plan, state, parts, lr, one_step, report):
         torch.manual_seed(args.seed + step)
         lr.fill_(learning_rate(step, plan))
         losses, done = one_step(step), step + 1
-        pending.append((list(losses), torch.stack(list(losses.values()))))           # a copy: a graph reuses its own
+        pending.append((list(losses), torch.stack(list(losses.values()))))           # copied: a replay overwrites them
         due = stop or done == plan.steps or done % max(1, plan.steps // 10) == 0 or time.time() > since + 600
         if due or len(pending) == 10:                                # only here the program waits for the device
             for i, (names, values) in enumerate(pending, done - len(pending)):
@@ -415,7 +417,7 @@ def evaluate(sat, held_back):
         y = sat.decode(tokens[-1])
         cos2 = F.cosine_similarity(x, y, dim=-1).square().clamp(1e-8, 1 - 1e-6)
         log_mel.append((mel.dB(x) - mel.dB(y)).abs().mean((1, 2)))
-        si_sdr.append(10 * (cos2 / (1 - cos2)).log10())
+        si_sdr.append(10 * (cos2 / (1 - cos2)).log10())              # |projection of y on x|^2 / |rest of y|^2
     log_mel, si_sdr = (round(torch.cat(x).mean().item(), 3) for x in (log_mel, si_sdr))
     used = [len(torch.cat(r_k).unique()) for r_k in zip(*tokens)]
     return {"log_mel_dB": log_mel, "si_sdr_dB": si_sdr, "used": used}
