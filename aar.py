@@ -401,7 +401,7 @@ def feature_loss(real, fake):
 
 
 class Mel(nn.Module):
-    """Mel spectrogram, (B, 1, N) -> (B, n_mels, frames): sums of STFT magnitudes, where a full-scale sine peaks at 1."""
+    """Mel spectrogram, (B, 1, N) -> (B, n_mels, frames): sums of STFT magnitudes; a full-scale sine peaks at 1."""
 
     def __init__(self, sample_rate, window, n_mels):
         super().__init__()
