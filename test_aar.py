@@ -538,18 +538,18 @@ def test_muon_makes_all_singular_values_alike(shape, monkeypatch):
     assert (inner - inner.diag().diag()).abs().max() < 1e-3 and (X.double() - U @ inner @ V).abs().max() < 1e-3
     w, idle = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))
     w.grad = G
-    train_sat.Muon([w, idle], {"lr": torch.tensor(0.01)}).step()
+    optimizer = train_sat.Muon([w, idle], {"lr": torch.tensor(0.01)})
+    optimizer.step()
     torch.testing.assert_close(w.detach(), -0.01 * 0.2 * max(shape) ** 0.5 * X, rtol=1e-3, atol=1e-5)
-    assert (idle == 1).all()                                          # no gradient, no step
+    assert (idle == 1).all() and torch.allclose(optimizer.state[w]["momentum"], 0.05 * G)   # no gradient, no step
 
 
 def test_learning_rate():
     """It grows evenly to its peak during the warm-up, then falls, never rising, to about 1% at the end."""
     plan = TrainConfig(steps=1000, batch=1, lr=2.0, warm_up=0.1)
     rates = [train_sat.learning_rate(step, plan) for step in range(1000)]
-    assert rates[:100] == pytest.approx([2.0 * (i + 1) / 100 for i in range(100)]) and max(rates) == pytest.approx(2)
-    assert rates[100:] == sorted(rates[100:], reverse=True)
-    assert rates[550] == pytest.approx(1.01, rel=1e-2) and rates[-1] == pytest.approx(0.02, rel=1e-2)
+    assert rates[:100] == pytest.approx([(i + 1) / 50 for i in range(100)]) and rates[100:] == sorted(rates[100:])[::-1]
+    assert (max(rates), rates[550], rates[-1]) == pytest.approx((2, 1.01, 0.02), rel=1e-2)
 
 
 def test_stage_2_overfits_one_batch(pair):
@@ -1191,9 +1191,9 @@ def test_reconstructions_are_as_long_as_their_files(trained, tmp_path, capsys):
     lengths = {"a": 10, "b c": 1600, "d": 1601, "e": 5123}
     for name, n in lengths.items():
         soundfile.write(tmp_path / f"{name}.wav", sine(440, 8000, 3)[1:n + 1], 8000)
-    files = [tmp_path / f"{name}.wav" for name in [*lengths, "absent"]]
+    files = [tmp_path / f"{name}.wav" for name in [*lengths, "absent", "a"]]                 # two of one name
     a, b = (listen(trained, tmp_path / str(k), "--scales", k, "--reconstruct", *files) for k in (9, 2))
-    assert {name.removesuffix(".reconstruction.wav"): len(x) for name, x in a.items()} == lengths
+    assert {name.removesuffix(".reconstruction.wav"): len(x) for name, x in a.items()} == lengths | {"9-a": 10}
     assert not np.allclose(a["e.reconstruction.wav"], b["e.reconstruction.wav"], atol=1e-3)
     assert "skipped" in capsys.readouterr().err
 
