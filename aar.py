@@ -707,7 +707,7 @@ def load(path, kind):
         seen = state.get("kind") or next((theirs[name] for name in theirs if name in state), "something else")
     except Exception as e:                                           # a damaged file can raise nearly anything
         what = "no such" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: not a whole"
-        raise UserError(f"{path}: {what} checkpoint; make one with: python train_{kind}.py --out {path}")
+        raise UserError(f"{path}: {what} checkpoint; train_{kind}.py writes one once its steps have begun")
     if seen != kind:
         raise UserError(f"{path}: a checkpoint of {seen}, wanted one of {kind}, which train_{kind}.py makes")
     return state

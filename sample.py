@@ -81,7 +81,7 @@ def main(argv=None):
     else:                                                            # no condition, nothing to guide
         kind, how["cfg"], prompts = "none", 0.0, [("sound", None, model.null.detach().float())]
     what = ("The authors’ weights. " * theirs + f"Guidance {'0 to ' * theirs}{how['cfg']:g}, top-k {how['top_k']}, "
-            f"top-p {how['top_p']:g}, seed {args.seed}, condition {kind}. Similarity: cosine of the conditions.")
+            f"top-p {how['top_p']:g}, seed {args.seed}, condition {kind}" + ", similarity: its cosine" * bool(embedder))
     print(what)
     model.to(aar.fast_dtype(device))
     how["generator"] = generator = torch.Generator(device).manual_seed(args.seed)

@@ -133,7 +133,8 @@ def find_sounds(folder):
     print(f"{folder}: {len(found)} readable sounds, {len(audio) - len(found)} unreadable, "
           f"{len(paths) - len(audio)} files of other kinds")
     if not found:
-        raise UserError(f"{folder}: no sounds; give a folder of {' '.join(SUFFIXES)}")
+        what = "no sounds" if os.path.isdir(folder) else "no such folder"
+        raise UserError(f"{folder}: {what}; give a folder of {' '.join(SUFFIXES)}")
     return sorted(found)
 
 
