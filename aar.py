@@ -208,7 +208,7 @@ class MSRQ(nn.Module):
 
     def forward(self, f):
         """Latents f (B, D, T) -> quantized latents (B, D, T), tokens, loss; in training the codebooks learn."""
-        with autocast(f.device, torch.float32):                      # of this file: off, since codes are chosen here
+        with autocast(f.device, torch.float32):                      # no bfloat16 where codes are chosen; see below
             f = f.float()
             tokens, f_hats, residuals = self.quantize(f)
             # Same value, different gradients: the commitment loss trains the encoder, the second one the phis.
@@ -231,7 +231,7 @@ class MSRQ(nn.Module):
 # --- Codec: SEANet encoder and decoder as in EnCodec (Fig. 2 left) --------------------------------------------------
 def conv(c_in, c_out, kernel, stride=1, transposed=False, gain=1.0):
     """Weight-normalized convolution (B, c_in, N) -> (B, c_out, N / stride), or N * stride if transposed."""
-    padding = (kernel - stride + 1) // 2                             # per side; if one too many, it stays unread
+    padding = (kernel - stride + 1) // 2                             # per side, rounded up: strides skip an extra one
     if transposed:
         module = nn.ConvTranspose1d(c_in, c_out, kernel, stride, padding, output_padding=(kernel - stride) % 2)
     else:
@@ -401,7 +401,7 @@ def feature_loss(real, fake):
 
 
 class Mel(nn.Module):
-    """Mel spectrogram, (B, 1, N) -> (B, n_mels, frames): sums of STFT magnitudes; a full-scale sine peaks at 1."""
+    """Mel spectrogram, (B, 1, N) -> (B, n_mels, frames): sums of STFT magnitudes, 1 where a full-scale sine peaks."""
 
     def __init__(self, sample_rate, window, n_mels):
         super().__init__()
@@ -546,7 +546,7 @@ class AAR(nn.Module):
 
     def logits(self, x, mods, mask=None, caches=None, at=0):
         """Inputs x (B, n, C), positions `at` to `at` + n - 1 -> logits (B, n, V): for training and generation."""
-        x = x + (self.level[self.level_of] + self.position)[at:at + x.shape[1]]
+        x = x + (self.level[self.level_of[at:at + x.shape[1]]] + self.position[at:at + x.shape[1]])
         for i, layer in enumerate(self.layers):
             x = layer(x, mods[i], mask, caches and caches[i], at)
         return self.head(modulate(x, *mods[-1].unbind(1))).float()
@@ -571,7 +571,7 @@ class AAR(nn.Module):
         if cfg:
             cond = torch.cat([cond, self.null.expand(B, -1)])        # both halves in one batch
         start, mods = self.condition(cond.to(dtype))
-        caches = [[start.new_empty(len(cond), config.depth, L, 64) for _ in "kv"] for _ in self.layers]      # C/H = 64
+        caches = [[start.new_empty(len(cond), config.depth, L, 64) for _ in range(2)] for _ in self.layers]  # C/H = 64
         f_hat = cond.new_zeros(B, config.latent, sat.config.frames, dtype=torch.float32)
         tokens, at, read = [], 0, None                               # read (B, n, D): what both halves read next
         for k in range(len(config.scales)):
