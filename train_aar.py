@@ -60,14 +60,13 @@ class MelEmbedder(nn.Module):
         super().__init__()
         self.mel = aar.Mel(sample_rate, 1024, 64)
         i = torch.arange(32)[:, None]                                # float64, rounded: equal on all processors
-        dct = torch.cos(i * (torch.arange(64).double() + 0.5) * np.pi / 64).float()     # (32, 64)
-        self.register_buffer("over_time", dct[:14].T / 64)           # in the state, so that fingerprints tell it
+        dct = (torch.cos(i * (torch.arange(64).double() + 0.5) * np.pi / 64) / 64).float()     # (32, 64)
+        self.register_buffer("over_time", dct[:14].T)                # in the state, so that fingerprints tell it
         self.register_buffer("over_mels", dct * (i + 1).sqrt())      # to cepstra, the higher ones lifted
 
     @torch.no_grad()
     def forward(self, wav):
-        x = self.mel.dB(wav) / 80 + 1                                # (B, 64, frames)
-        c = self.over_mels @ (x - x.mean((1, 2), keepdim=True))      # (B, 32, frames)
+        c = self.over_mels @ (self.mel.dB(wav) + 60)                 # (B, 32, frames); the first is the loudness
         course = F.interpolate(c, size=64, mode="linear") @ self.over_time     # (B, 32, 14): how each changes
         spread = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
         return F.normalize(torch.cat([course, spread], 2).flatten(1), dim=-1)  # 32 x (14 + 2) = 512
