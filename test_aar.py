@@ -45,6 +45,7 @@ torch.set_num_threads(1)                                              # equal to
 torch.use_deterministic_algorithms(True, warn_only=True)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # the same for CUDA
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid", "ignore:n_fft")             # of small sizes
+Evil = type("Evil", (), {"__reduce__": lambda self: (Path.touch, (Path("evil"),))})       # its pickle makes a file
 
 
 @pytest.fixture(autouse=True)
@@ -620,8 +621,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = checkpoint(Path("good.pt"), small_sat()).read_bytes()
     state = torch.load("good.pt", weights_only=True)
-    evil = type("Evil", (), {"__reduce__": lambda self: (Path.touch, (Path("evil"),))})()
-    config, foreign = state["config"], [[1, 2], {"weight": torch.ones(2)}, torch.ones(2), None, {"kind": evil}]
+    config, foreign = state["config"], [[1, 2], {"weight": torch.ones(2)}, torch.ones(2), None, {"kind": Evil()}]
     for i, content in enumerate([*foreign, state | {"config": config | {"new": 1}}, state | {"kind": "aar"},
                                  state | {"config": config | {"V": "16"}}, state | {"parts": {"sat": {}}}]):
         torch.save(content, f"{i}.pt")
