@@ -66,7 +66,7 @@ class MelEmbedder(nn.Module):
 
     @torch.no_grad()
     def forward(self, wav):
-        c = self.over_mels @ (self.mel.dB(wav) + 60)                 # (B, 32, frames); the first is loudness, about 0
+        c = self.over_mels @ (self.mel.dB(wav) + 60)                 # (B, 32, frames); the first: mean dB above -60
         course = F.interpolate(c, size=64, mode="linear") @ self.over_time     # (B, 32, 14): how each changes
         spread = torch.stack([c.std(2, correction=0), c.diff(dim=2).std(2, correction=0)], 2)
         return F.normalize(torch.cat([course, spread], 2).flatten(1), dim=-1)  # 32 x (14 + 2) = 512
